@@ -1,0 +1,1 @@
+"""Scheduling core: standard library only, no torch (tests/core/test_floors.py holds it to that)."""

@@ -1,0 +1,95 @@
+"""The frozen messages between the scheduler and whoever runs a step.
+
+They hold ids and counts, never tensors, pages or text. A sequence's tokens travel once per epoch, in its admission;
+after that the executor knows them, because it samples them itself.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from engine.core.request import SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """`length` consecutive tokens of one sequence, run in one step; a decode is a chunk of one.
+
+    start: tokens whose KV is already written. samples: the last known token is inside, so one token comes out.
+    """
+
+    seq_id: int
+    epoch: int
+    start: int
+    length: int
+    samples: bool
+
+    @property
+    def end(self) -> int:
+        """Tokens whose KV is written after this step."""
+        return self.start + self.length
+
+
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """A sequence (or a new epoch of one) that needs a slot from this step on.
+
+    tokens: everything known: the prompt, and after a preemption the outputs so far.
+    num_outputs: how many of `tokens` are outputs; the sampler counts on from there, so seeds do not shift.
+    """
+
+    seq_id: int
+    epoch: int
+    tokens: tuple[int, ...]
+    num_outputs: int
+    params: SamplingParams
+    stop_ids: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """What one step does, in this order: release slots, admit, map memory, run the chunks, sample.
+
+    chunks: prefill chunks first, then decodes. releases: seq_ids whose slot is given back (finished, aborted or
+    preempted; a preempted one may be admitted again only in a later plan). preempted, ignored: for information.
+    """
+
+    step_id: int
+    chunks: tuple[Chunk, ...] = ()
+    admissions: tuple[Admission, ...] = ()
+    releases: tuple[int, ...] = ()
+    preempted: tuple[int, ...] = ()
+    ignored: tuple[int, ...] = ()
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens run by this step."""
+        return sum(chunk.length for chunk in self.chunks)
+
+
+@dataclass(frozen=True, slots=True)
+class SampledToken:
+    """The token that a chunk with `samples` produced."""
+
+    seq_id: int
+    epoch: int
+    token: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What came out. refused: sequences whose memory growth was refused; their chunks did not run."""
+
+    step_id: int
+    tokens: tuple[SampledToken, ...] = ()
+    refused: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """News for a client: tokens emitted now and, at the end, why ("stop" | "length" | "abort" | "error")."""
+
+    request_id: str
+    tokens: tuple[int, ...] = ()
+    finish_reason: str | None = None
+    error: str | None = None
