@@ -1,25 +1,30 @@
-"""Name -> variant, one file per variant, found by importing the file of that name.
+"""Name -> variant, one file per variant: adding a policy, model or backend is adding a file.
 
-A registry knows a package; it does not know what the variants do.
+A registry scans its package's files for `register("name")` and imports only the file it needs. It does not know what
+the variants do.
 """
 
 from __future__ import annotations
 
 import difflib
 import importlib
-import pkgutil
+import importlib.util
+import re
 from collections.abc import Callable, Iterator
+from functools import cached_property
+from pathlib import Path
 from typing import Generic, TypeVar
 
 from engine.core.errors import ConfigError, InvariantError
 
 T = TypeVar("T")
+_REGISTRATION = re.compile(r"""^@?\w*\.?register\(["']([^"']+)["']\)""", re.MULTILINE)
 
 
 class Registry(Generic[T]):
     """Variants of one seam, e.g. `policies = Registry("policy", "engine.core.policies")`.
 
-    `registry["sarathi"]` imports `engine.core.policies.sarathi` and returns what it registered under that name.
+    `registry["sarathi"]` imports the file that says `@policies.register("sarathi")` and returns what it decorates.
     A miss is a ConfigError that lists the known names and the nearest one.
     """
 
@@ -39,10 +44,23 @@ class Registry(Generic[T]):
 
         return file
 
+    @cached_property
+    def _modules(self) -> dict[str, str]:
+        """Name -> the module that registers it, read from the files' text."""
+        spec = importlib.util.find_spec(self.package)
+        if spec is None or spec.submodule_search_locations is None:
+            raise InvariantError(f"{self.package} is not a package")
+        files = sorted(file for folder in spec.submodule_search_locations for file in Path(folder).glob("*.py"))
+        return {
+            name: f"{self.package}.{file.stem}"
+            for file in files
+            if file.stem != "__init__"
+            for name in _REGISTRATION.findall(file.read_text(encoding="utf-8"))
+        }
+
     def names(self) -> list[str]:
-        """Every variant's name, from the files of the package (underscored files are helpers); imports none."""
-        package = importlib.import_module(self.package)
-        return sorted(m.name for m in pkgutil.iter_modules(package.__path__) if not m.name.startswith("_"))
+        """Every variant's name; imports none of them."""
+        return sorted(self._modules)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names())
@@ -54,7 +72,5 @@ class Registry(Generic[T]):
                 near = difflib.get_close_matches(name, known, n=1)
                 hint = f"; did you mean {near[0]!r}?" if near else ""
                 raise ConfigError(f"{self.kind} {name!r} is unknown; known: {', '.join(known)}{hint}")
-            importlib.import_module(f"{self.package}.{name}")
-            if name not in self._found:
-                raise InvariantError(f"{self.package}.{name} registers no {self.kind} named {name!r}")
+            importlib.import_module(self._modules[name])
         return self._found[name]
