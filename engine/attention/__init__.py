@@ -1,0 +1,1 @@
+"""Attention over slabs: one file is one backend, with declared capabilities."""

@@ -1,0 +1,1 @@
+"""Where keys and values live: stores that follow step plans."""

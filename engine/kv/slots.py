@@ -1,0 +1,91 @@
+"""The vAttention store: each sequence's cache is one slot of virtual memory, pages under it only where tokens are.
+
+It turns a plan's sequences into slots and lengths for the allocator. It does not know policies, budgets or models.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from engine.core.errors import InvariantError
+from engine.core.plan import StepPlan
+from vattention_ext import KvAllocator, KvGeometry
+
+
+class SlotStore:
+    """KvStore over vattention_ext. geometry: the slabs; dtype must have geometry.element_bytes."""
+
+    def __init__(self, geometry: KvGeometry, allocator: KvAllocator, dtype: torch.dtype) -> None:
+        if dtype.itemsize != geometry.element_bytes:
+            raise InvariantError(f"dtype {dtype} is not {geometry.element_bytes} bytes wide")
+        self.geometry, self.allocator, self._dtype = geometry, allocator, dtype
+        self._slot: dict[int, int] = {}
+        self._flat = [torch.from_dlpack(region).view(dtype) for region in allocator.regions]
+
+    def apply(self, plan: StepPlan) -> frozenset[int]:
+        """See KvStore. A refused sequence gives its slot back here; the scheduler preempts it."""
+        for seq_id in plan.releases:
+            self._release(seq_id)
+        refused: set[int] = set()
+        for admission in plan.admissions:
+            slot = self.allocator.acquire(len(admission.tokens))
+            if isinstance(slot, int):
+                self._slot[admission.seq_id] = slot
+            else:
+                refused.add(admission.seq_id)
+        chunks = [chunk for chunk in plan.chunks if chunk.seq_id not in refused]
+        wanted = [(self._slot[chunk.seq_id], chunk.end) for chunk in chunks]
+        for index in self.allocator.ensure_many(wanted):
+            refused.add(chunks[index].seq_id)
+            self._release(chunks[index].seq_id)
+        return frozenset(refused)
+
+    def look_ahead(self, plan: StepPlan) -> None:
+        """One token beyond each chunk: what a decode needs next, and the first page of a prefill's next chunk."""
+        limit = self.geometry.max_tokens
+        self.allocator.look_ahead(
+            [
+                (self._slot[chunk.seq_id], chunk.end + 1)
+                for chunk in plan.chunks
+                if chunk.seq_id in self._slot and chunk.end < limit
+            ]
+        )
+
+    def slot_of(self, seq_id: int) -> int:
+        """See KvStore."""
+        return self._slot[seq_id]
+
+    def layer_views(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """See KvStore. mega: token stride L*G*D; per_layer: G*D."""
+        g = self.geometry
+        row = g.kv_heads * g.head_dim
+        slot_stride = g.slot_bytes // g.element_bytes
+        shape = (g.slots, g.max_tokens, g.kv_heads, g.head_dim)
+        if g.layout == "mega":
+            strides = (slot_stride, g.layers * row, g.head_dim, 1)
+            k, v = (flat.as_strided(shape, strides, layer * row) for flat in self._flat)
+        else:
+            strides = (slot_stride, row, g.head_dim, 1)
+            k, v = (self._flat[side * g.layers + layer].as_strided(shape, strides) for side in (0, 1))
+        return k, v
+
+    def stats(self) -> dict[str, int]:
+        """See KvStore."""
+        stats = self.allocator.stats()
+        return {
+            "kv_groups_total": stats.total_groups,
+            "kv_groups_in_use": stats.in_use_groups,
+            "kv_groups_kept": stats.kept_groups,
+            "kv_groups_look_ahead": stats.look_ahead_groups,
+            "kv_mapped_bytes": stats.mapped_bytes,
+        }
+
+    def close(self) -> None:
+        """See KvStore."""
+        self._flat.clear()
+        self.allocator.close()
+
+    def _release(self, seq_id: int) -> None:
+        slot = self._slot.pop(seq_id, None)
+        if slot is not None:
+            self.allocator.release(slot)

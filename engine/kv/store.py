@@ -1,0 +1,32 @@
+"""The seam between a step plan and memory: a store follows plans and may refuse; it never decides who gets memory."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+from engine.core.plan import StepPlan
+
+if TYPE_CHECKING:
+    import torch
+
+
+class KvStore(Protocol):
+    """Slots of a sequence's keys and values."""
+
+    def apply(self, plan: StepPlan) -> frozenset[int]:
+        """Release, admit and map for one step. Returns the sequences whose memory was refused; they hold no slot."""
+
+    def look_ahead(self, plan: StepPlan) -> None:
+        """While `plan` runs, start mapping what the step after it will need. Best effort, returns at once."""
+
+    def slot_of(self, seq_id: int) -> int:
+        """The slot of an admitted sequence."""
+
+    def layer_views(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V of one layer, each (S, C, G, D), strided; only what is mapped may be touched."""
+
+    def stats(self) -> dict[str, int]:
+        """Counts for /metrics: groups and bytes."""
+
+    def close(self) -> None:
+        """Unmap and release everything. Idempotent."""

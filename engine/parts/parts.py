@@ -1,0 +1,146 @@
+"""How a model gets its pieces: the one file that knows kernels, cache and attention backend all exist.
+
+Parts reads the checkpoint once, packs weights for the device, and hands models finished objects. A model asks for
+`parts.linear("...")` and never learns what is behind it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from engine.attention.base import AttentionBackend
+from engine.kv.store import KvStore
+from engine.loading.spec import ModelSpec
+from engine.loading.weights import WeightSource
+from engine.parts.kernel_set import KernelSet, Linear
+from engine.parts.rope import rope_table
+from engine.runner.batch import Batch
+
+
+@dataclass(slots=True)
+class Norm:
+    """RMS norm with its weight; see KernelSet.rmsnorm."""
+
+    kernels: KernelSet
+    weight: torch.Tensor
+    eps: float
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """x: (N, C). Returns (N, C)."""
+        return self.kernels.rmsnorm(x, self.weight, self.eps)
+
+
+@dataclass(slots=True)
+class Attention:
+    """Project, rotate and store, attend, project back: one layer's attention over the slabs."""
+
+    kernels: KernelSet
+    backend: AttentionBackend
+    qkv: Linear
+    out: Linear
+    rope: torch.Tensor  # (P, 2, D/2)
+    k: torch.Tensor  # (S, C, G, D) slab view of this layer
+    v: torch.Tensor
+    heads: int
+    window: int  # tokens a query may look back, itself included; 0 = all
+
+    def __call__(self, x: torch.Tensor, batch: Batch, add_to: torch.Tensor) -> None:
+        """x: (N, C), normed; add_to: (N, C) residual stream, updated in place."""
+        q = self.kernels.rope_store(self.qkv(x), self.rope, batch, self.k, self.v, self.heads)  # (N, H, D)
+        self.out(self.backend.attend(q, self.k, self.v, batch, self.window), add_to=add_to)
+
+
+@dataclass(slots=True)
+class GatedMlp:
+    """silu(gate) * up, then down, added onto the residual stream."""
+
+    gate_up: Callable[[torch.Tensor], torch.Tensor]
+    down: Linear
+
+    def __call__(self, x: torch.Tensor, add_to: torch.Tensor) -> None:
+        """x: (N, C), normed; add_to: (N, C), updated in place."""
+        self.down(self.gate_up(x), add_to=add_to)
+
+
+class Parts:
+    """Builds pieces for one model from one checkpoint on one device.
+
+    Every tensor is asked for with its shape; a missing one or a wrong shape is a LoadError that names it.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        source: WeightSource,
+        kernels: KernelSet,
+        backend: AttentionBackend,
+        store: KvStore,
+        *,
+        dtype: torch.dtype,
+        max_model_len: int,
+        on_tensor: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.spec, self.kernels, self.backend, self.store = spec, kernels, backend, store
+        self._source, self._dtype, self._on_tensor = source, dtype, on_tensor
+        self._rope = rope_table(spec.rope, spec.head_dim, max_model_len, spec.max_positions)
+
+    def _tensor(self, name: str, *shape: int) -> torch.Tensor:
+        """The named tensor in the engine's dtype."""
+        tensor = self._source.expect(name, shape).to(self._dtype)
+        self._on_tensor()
+        return tensor
+
+    def embedding(self, name: str) -> Callable[[torch.Tensor], torch.Tensor]:
+        """Token ids (N,) to rows (N, C)."""
+        table = self._tensor(f"{name}.weight", self.spec.vocab, self.spec.hidden)
+        return lambda tokens: self.kernels.embed(table, tokens)
+
+    def head(self, name: str, *, tied_to: str) -> Linear:
+        """Rows (R, C) to float32 logits (R, V); a tied model uses its embedding table."""
+        source = tied_to if self.spec.tie else name
+        return self.kernels.head(self._tensor(f"{source}.weight", self.spec.vocab, self.spec.hidden))
+
+    def norm(self, name: str) -> Norm:
+        """An RMS norm over the model width."""
+        return Norm(self.kernels, self._tensor(f"{name}.weight", self.spec.hidden), self.spec.eps)
+
+    def linear(self, name: str, out: int, into: int, *, bias: bool = False) -> Linear:
+        """One projection (out, into)."""
+        return self.kernels.linear(
+            self._tensor(f"{name}.weight", out, into), self._tensor(f"{name}.bias", out) if bias else None
+        )
+
+    def attention(self, index: int, name: str) -> Attention:
+        """Layer `index`: the three projections as one product, the output projection, this layer's slabs."""
+        spec = self.spec
+        rows = {"q_proj": spec.heads, "k_proj": spec.kv_heads, "v_proj": spec.kv_heads}
+        rows = {side: heads * spec.head_dim for side, heads in rows.items()}
+        weight = torch.cat([self._tensor(f"{name}.{side}.weight", n, spec.hidden) for side, n in rows.items()])
+        bias = None
+        if spec.qkv_bias:
+            bias = torch.cat([self._tensor(f"{name}.{side}.bias", n) for side, n in rows.items()])
+        k, v = self.store.layer_views(index)
+        return Attention(
+            kernels=self.kernels,
+            backend=self.backend,
+            qkv=self.kernels.linear(weight, bias),
+            out=self.linear(f"{name}.o_proj", spec.hidden, rows["q_proj"], bias=spec.out_bias),
+            rope=self._rope,
+            k=k,
+            v=v,
+            heads=spec.heads,
+            window=spec.layer_windows[index] if spec.layer_windows else 0,
+        )
+
+    def gated_mlp(self, name: str) -> GatedMlp:
+        """The three products of a gated MLP."""
+        ffn, hidden, bias = self.spec.ffn, self.spec.hidden, self.spec.mlp_bias
+        down = self.linear(f"{name}.down_proj", hidden, ffn, bias=bias)
+        gate, up = (self._tensor(f"{name}.{side}.weight", ffn, hidden) for side in ("gate_proj", "up_proj"))
+        if not bias:
+            return GatedMlp(self.kernels.gated_linear(gate, up), down)
+        biases = tuple(self._tensor(f"{name}.{side}.bias", ffn) for side in ("gate_proj", "up_proj"))
+        return GatedMlp(self.kernels.gated_linear(gate, up, biases), down)

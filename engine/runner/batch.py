@@ -1,0 +1,68 @@
+"""One step as tensors: the ragged batch that models, kernels and attention backends take as an argument.
+
+It holds what kernels need to find a sequence's cache: slot numbers and lengths. There are no block tables.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One chunk, ready to pack: its slot, its tokens and where they start."""
+
+    slot: int
+    start: int
+    tokens: Sequence[int]
+    samples: bool
+
+
+@dataclass(slots=True)
+class Batch:
+    """N tokens of B chunks, one after the other.
+
+    tokens: (N,) int64. positions: (N,) int32, absolute. token_slots: (N,) int32.
+    slots: (B,) int32. q_starts: (B + 1,) int32, chunk b is tokens q_starts[b]:q_starts[b + 1].
+    kv_lens: (B,) int32, tokens in the cache once this step has written its own.
+    sample_rows: (R,) int64, the token rows that get logits.
+    """
+
+    tokens: torch.Tensor
+    positions: torch.Tensor
+    token_slots: torch.Tensor
+    slots: torch.Tensor
+    q_starts: torch.Tensor
+    kv_lens: torch.Tensor
+    sample_rows: torch.Tensor
+
+    @property
+    def num_tokens(self) -> int:
+        """N."""
+        return self.tokens.shape[0]
+
+
+def pack(rows: Sequence[Row]) -> Batch:
+    """Lay chunks end to end. rows: at least one, each of at least one token, at most one row a slot."""
+    lengths = np.fromiter((len(row.tokens) for row in rows), dtype=np.int32, count=len(rows))
+    starts = np.fromiter((row.start for row in rows), dtype=np.int32, count=len(rows))
+    slots = np.fromiter((row.slot for row in rows), dtype=np.int32, count=len(rows))
+    q_starts = np.zeros(len(rows) + 1, dtype=np.int32)
+    np.cumsum(lengths, out=q_starts[1:])
+    total = int(q_starts[-1])
+    tokens = np.fromiter((token for row in rows for token in row.tokens), dtype=np.int64, count=total)
+    positions = np.arange(total, dtype=np.int32) + np.repeat(starts - q_starts[:-1], lengths)
+    samples = np.fromiter((row.samples for row in rows), dtype=np.bool_, count=len(rows))
+    return Batch(
+        tokens=torch.from_numpy(tokens),
+        positions=torch.from_numpy(positions),
+        token_slots=torch.from_numpy(np.repeat(slots, lengths)),
+        slots=torch.from_numpy(slots),
+        q_starts=torch.from_numpy(q_starts),
+        kv_lens=torch.from_numpy(starts + lengths),
+        sample_rows=torch.from_numpy((q_starts[1:][samples] - 1).astype(np.int64)),
+    )

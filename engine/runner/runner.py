@@ -1,0 +1,77 @@
+"""Runs one step plan: memory, batch, model, sampler.
+
+It keeps each sequence's tokens (they travel once per epoch) and nothing of queues, budgets or policies.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from engine.core.plan import Admission, Chunk, SampledToken, StepPlan, StepResult
+from engine.kv.store import KvStore
+from engine.models import Model
+from engine.runner.batch import Row, pack
+from engine.runner.sampler import Pick, Sampler
+
+
+@dataclass(slots=True)
+class _Sequence:
+    """What the runner knows of a sequence. tokens: known ones; num_prompt: how many are not outputs."""
+
+    admission: Admission
+    tokens: list[int]
+    num_prompt: int
+
+
+class Runner:
+    """One model on one device. step: release, map, run, sample; a refused sequence is left out."""
+
+    def __init__(self, model: Model, store: KvStore, sampler: Sampler) -> None:
+        self.model, self.store, self.sampler = model, store, sampler
+        self._sequences: dict[int, _Sequence] = {}
+
+    @torch.inference_mode()
+    def run(self, plan: StepPlan) -> StepResult:
+        """Run a plan to its sampled tokens."""
+        refused = self.store.apply(plan)
+        for seq_id in plan.releases:
+            self._sequences.pop(seq_id, None)
+        for admission in plan.admissions:
+            known = list(admission.tokens)
+            self._sequences[admission.seq_id] = _Sequence(admission, known, len(known) - admission.num_outputs)
+        for seq_id in refused:
+            del self._sequences[seq_id]
+        chunks = [chunk for chunk in plan.chunks if chunk.seq_id not in refused]
+        tokens = self._forward(plan, chunks) if chunks else ()
+        return StepResult(plan.step_id, tokens, tuple(refused))
+
+    def _forward(self, plan: StepPlan, chunks: list[Chunk]) -> tuple[SampledToken, ...]:
+        """Model and sampler over the chunks that have memory."""
+        rows = []
+        for chunk in chunks:
+            known = self._sequences[chunk.seq_id].tokens
+            slot = self.store.slot_of(chunk.seq_id)
+            rows.append(Row(slot, chunk.start, known[chunk.start : chunk.end], chunk.samples))
+        self.store.look_ahead(plan)
+        batch = pack(rows)
+        sampling = [chunk for chunk in chunks if chunk.samples]
+        logits = self.model(batch)  # (R, V)
+        if not sampling:
+            return ()
+        picked = self.sampler(logits, [self._pick(chunk.seq_id) for chunk in sampling])
+        for chunk, token in zip(sampling, picked, strict=True):
+            self._sequences[chunk.seq_id].tokens.append(token)
+        return tuple(SampledToken(c.seq_id, c.epoch, token) for c, token in zip(sampling, picked, strict=True))
+
+    def _pick(self, seq_id: int) -> Pick:
+        """How this sequence's next token is to be chosen."""
+        sequence = self._sequences[seq_id]
+        admission = sequence.admission
+        return Pick(admission.params, len(sequence.tokens) - sequence.num_prompt, admission.stop_ids)
+
+    def close(self) -> None:
+        """Forget every sequence and give the memory back."""
+        self._sequences.clear()
+        self.store.close()
