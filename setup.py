@@ -26,6 +26,7 @@ from setuptools.command.build_ext import build_ext
 
 HERE = Path(__file__).resolve().parent
 VERSIONS = tomllib.loads((HERE / "requirements" / "versions.toml").read_text(encoding="utf-8"))
+EXTENSIONS = {"vattention_ext._native": "vattention_ext/csrc", "tessera_kernels._cpu": "kernels/cpu"}
 EXTRAS = ("cpu", "cuda", "hub", "test", "bench")
 COMPILE_FLAGS = [
     "-std=c++17", "-O3", "-fvisibility=hidden", "-fPIC", "-pthread", "-DNDEBUG", "-DNB_COMPACT_ASSERTIONS",
@@ -67,9 +68,9 @@ def packages() -> list[str]:
 
 
 def extensions() -> list[Extension]:
-    """The extensions whose sources exist. Headers are found by the compiler's own dependency files."""
+    """The extensions whose sources exist. Headers are found by the compiler itself (-MMD)."""
     found = []
-    for name, folder in (("vattention_ext._native", "vattention_ext/csrc"), ("tessera_kernels._cpu", "kernels/cpu")):
+    for name, folder in EXTENSIONS.items():
         sources = sorted(path.relative_to(HERE).as_posix() for path in (HERE / folder).glob("*.cpp"))
         if sources:
             found.append(Extension(name, sources, include_dirs=[folder], language="c++"))
@@ -101,7 +102,7 @@ class IncrementalBuild(build_ext):
         self._link(objects, target)
 
     def copy_extensions_to_source(self) -> None:
-        """For editable installs: as setuptools, but by rename, so that a running process keeps its library whole."""
+        """For editable installs: by rename, so that a running process keeps the library it has open."""
         build_py = self.get_finalized_command("build_py")
         for ext in self.extensions:
             folder, _, name = ext.name.rpartition(".")
