@@ -1,0 +1,169 @@
+"""Puts an engine together from a configuration: checkpoint, memory, kernels, model, scheduler, loop.
+
+The one place that turns settings into objects. It decides nothing per request or per step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from engine.attention.base import backends, choose_backend
+from engine.core.config import EngineConfig, resolve_auto, resolve_pool_groups
+from engine.core.errors import ConfigError
+from engine.core.ledger import KvLedger
+from engine.core.loop import EngineLoop
+from engine.core.request import SamplingParams
+from engine.core.scheduler import Scheduler
+from engine.exec.local import LocalExecutor
+from engine.kv.slots import SlotStore
+from engine.loading.spec import ModelSpec, read_config
+from engine.loading.weights import open_weights
+from engine.models import models
+from engine.parts.kernel_set import kernel_sets
+from engine.parts.parts import Parts
+from engine.runner.runner import Runner
+from engine.runner.sampler import Sampler
+from vattention_ext import KvAllocator, KvGeometry
+
+log = logging.getLogger(__name__)
+
+Progress = Callable[[int, int], None]
+
+
+def stop_ids_for(spec: ModelSpec, params: SamplingParams) -> frozenset[int]:
+    """Every id that ends a sequence: the model's eos list, unless ignored, and the request's own."""
+    return frozenset(() if params.ignore_eos else spec.eos_ids) | frozenset(params.stop_token_ids)
+
+
+def free_memory_bytes() -> int:
+    """What the system says can be had without swapping (MemAvailable of /proc/meminfo)."""
+    with open("/proc/meminfo", encoding="ascii") as lines:
+        for line in lines:
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    raise ConfigError("/proc/meminfo has no MemAvailable; give --kv-pool-bytes")
+
+
+def geometry_of(spec: ModelSpec, config: EngineConfig, dtype: torch.dtype) -> KvGeometry:
+    """The slabs of a resolved configuration."""
+    assert config.max_model_len is not None
+    return KvGeometry(
+        layers=spec.layers,
+        kv_heads=spec.kv_heads,
+        head_dim=spec.head_dim,
+        element_bytes=dtype.itemsize,
+        max_tokens=config.max_model_len,
+        slots=config.max_num_seqs,
+        page_bytes=config.kv_page_bytes,
+        layout=config.kv_layout,
+    )
+
+
+def fit_length(config: EngineConfig, geometry: KvGeometry, pool_groups: int, *, asked: bool) -> int:
+    """max_model_len that one request can reach in this pool.
+
+    Raises ConfigError when the user asked for more; a derived length is lowered, and the log says so.
+    """
+    length = geometry.max_tokens
+    if geometry.groups_for(length) <= pool_groups:
+        return length
+    fits = pool_groups * geometry.page_bytes // geometry.token_bytes
+    pool_bytes = pool_groups * geometry.group_bytes
+    if asked:
+        need = geometry.groups_for(length) * geometry.group_bytes
+        raise ConfigError(
+            f"--max-model-len {length} needs {need} bytes of KV and the pool has {pool_bytes}; "
+            f"use --max-model-len {fits} or --kv-pool-bytes {need}"
+        )
+    if fits < 1:
+        raise ConfigError(f"a KV pool of {pool_bytes} bytes holds no token; raise --kv-pool-bytes")
+    log.warning("max_model_len lowered from %d to %d: the KV pool of %d bytes holds no more", length, fits, pool_bytes)
+    return fits
+
+
+def build_runner(
+    spec: ModelSpec, config: EngineConfig, pool_groups: int, *, kernels: str = "auto", progress: Progress | None = None
+) -> Runner:
+    """Memory, weights and model. config: resolved; kernels: a kernel set's name ("auto" = the fastest that fits).
+
+    progress(done, total) is called after each tensor.
+    """
+    assert config.max_model_len is not None
+    dtype: torch.dtype = getattr(torch, config.dtype)
+    name, lost = choose_backend(config.attention_backend, "cpu", config.dtype, spec.head_dim)
+    log.info("attention backend %s (%s)", name, "; ".join(f"not {k}: {', '.join(v)}" for k, v in lost.items()))
+    kernel_name = fastest_kernels(dtype) if kernels == "auto" else kernels
+    log.info("kernel set %s, %s threads", kernel_name, config.threads)
+    geometry = geometry_of(spec, config, dtype)
+    allocator = KvAllocator(
+        geometry,
+        driver=config.kv_driver,
+        pool_groups=pool_groups,
+        release_after_s=config.kv_release_after_s,
+        floor_groups=config.kv_floor_groups,
+    )
+    store = SlotStore(geometry, allocator, dtype)
+    with open_weights(config.model or "") as source:
+        total, done = len(source.names()), 0
+
+        def count() -> None:
+            nonlocal done
+            done += 1
+            if progress is not None:
+                progress(done, max(done, total))
+
+        parts = Parts(
+            spec,
+            source,
+            kernel_sets[kernel_name](),
+            backends[name](spec),
+            store,
+            dtype=dtype,
+            max_model_len=config.max_model_len,
+            on_tensor=count,
+        )
+        model = models[spec.architecture](parts)
+    return Runner(model, store, Sampler(spec.vocab))
+
+
+def fastest_kernels(dtype: torch.dtype) -> str:
+    """`cpu` where the C++ kernels were built and this CPU runs them in this dtype, else `torch`."""
+    try:
+        from tessera_kernels import native
+    except ImportError:
+        log.warning("the C++ kernels are not built; running on PyTorch's. `pip install -e .` builds them")
+        return "torch"
+    return "cpu" if native.available(dtype) else "torch"
+
+
+def resolve(config: EngineConfig) -> tuple[EngineConfig, ModelSpec, int]:
+    """Everything that model and machine decide: (resolved config, specification, groups of the pool)."""
+    if config.model is None:
+        raise ConfigError("no model folder; resolve_model() finds one")
+    spec = read_config(Path(config.model), known=models.names())
+    resolved = resolve_auto(
+        config,
+        checkpoint_dtype=spec.dtype,
+        max_positions=spec.context_tokens,
+        usable_cores=len(os.sched_getaffinity(0)),
+    )
+    dtype: torch.dtype = getattr(torch, resolved.dtype)
+    geometry = geometry_of(spec, resolved, dtype)
+    pool_groups = resolve_pool_groups(resolved, group_bytes=geometry.group_bytes, free_bytes=free_memory_bytes())
+    length = fit_length(resolved, geometry, pool_groups, asked=config.max_model_len is not None)
+    resolved = dataclasses.replace(resolved, max_model_len=length, attention_backend=config.attention_backend)
+    return resolved, spec, pool_groups
+
+
+def build_engine(config: EngineConfig, *, kernels: str = "auto", progress: Progress | None = None) -> EngineLoop:
+    """An engine in this process, ready to step. Raises ConfigError (LoadError) with value, range and fix."""
+    resolved, spec, pool_groups = resolve(config)
+    torch.set_num_threads(resolved.threads or 1)
+    runner = build_runner(spec, resolved, pool_groups, kernels=kernels, progress=progress)
+    return EngineLoop(scheduler, LocalExecutor(runner))
