@@ -65,6 +65,8 @@ def _walk(name: str, syntax: ast.Module) -> list[tuple[int, str]]:
             why = next((MODULES[known] for known in MODULES if f"{module}.".startswith(f"{known}.")), None)
             if why and module.partition(".")[0] not in ALLOWED.get(name, set()):
                 found.append((line, f"imports {module}; {why}"))
+            if module in ATTRIBUTES and name != CLOCK_FILE:
+                found.append((line, f"imports {module}; {ATTRIBUTES[module]}"))
             if module.rpartition(".")[2] in CLASSES:
                 found.append((line, f"imports {module}; {CLASSES[module.rpartition('.')[2]]}"))
         if isinstance(node, ast.Call):

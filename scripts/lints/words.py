@@ -19,7 +19,7 @@ SECRETS = {
     "a password in an address": re.compile(r"\b[a-z][a-z0-9+]*://[^\s:/@{}<]+:[^\s:/@{}<]{6,}@"),
 }
 MACHINE = re.compile(r"(?<![\w.])/(?:home|Users|root|w[o]rk|workspace)/[\w.-]")
-UNFINISHED = re.compile(r"\b(?:TO[D]O|FIX[M]E|X[X]X|HA[C]K)\b|\bNotImplemented[E]rror\b")
+UNFINISHED = re.compile(r"\b(?:TO[D]O|FIX[M]E|X[X]X|HA[C]K)\b|\braise NotImplemented[E]rror\b")
 LARGEST_BYTES = 1 << 20
 
 
