@@ -136,9 +136,9 @@ class EngineConfig:
     device: str = knob(
         "auto", choices=("auto", "cpu"), group="engine", help="where the model runs",
         refused={"cuda": "this build serves on the CPU; use --device cpu"})
-    seed: int | None = knob(
-        None, lo=0, hi=(1 << 63) - 1, group="engine", default_text="from the system",
-        help="seeds requests that bring none: the same requests in the same order then give the same samples")
+    seed: int = knob(
+        0, lo=0, hi=(1 << 63) - 1, group="engine",
+        help="seeds requests that bring none: the same requests in the same order give the same samples")
     threads: int | None = knob(
         None, lo=1, hi=1024, group="engine", default_text="one for each usable core", help="threads of a step")
     tensor_parallel_size: int = knob(

@@ -1,0 +1,281 @@
+"""The engine's own process: `python -m engine.serve.engine_process`, started by the server, never by hand.
+
+It turns messages into EngineLoop calls and updates into messages. It knows no text, no HTTP and no torch; whoever
+builds the loop does. One thread steps, one says "alive" once a second, one waits for the parent's end.
+
+Life: die with the parent -> import -> read one EngineStart frame -> build -> Facts -> [poll, add or abort, step, send].
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import msgspec
+import zmq
+
+from engine.core.clock import MonotonicClock
+from engine.core.config import EngineConfig
+from engine.core.errors import ConfigError, RequestError
+from engine.core.plan import Update
+from engine.core.request import Request, SamplingParams
+from engine.serve import child, wire
+
+log = logging.getLogger(__name__)
+
+BEAT_S = 1.0
+STATS_S = 0.1
+IDLE_POLL_MS = 1000
+MAX_STEP_FAILURES_IN_A_ROW = 3
+
+
+class Loop(Protocol):
+    """The part of EngineLoop that this process uses."""
+
+    @property
+    def has_work(self) -> bool: ...
+    def add(self, request: Request) -> Any: ...
+    def abort(self, request_id: str) -> Any: ...
+    def step(self) -> list[Update]: ...
+    def stats(self) -> dict[str, Any]: ...
+    def close(self) -> None: ...
+
+
+Build = Callable[[EngineConfig], tuple[Loop, wire.Facts]]
+
+
+def to_request(message: wire.Add) -> Request:
+    """The engine's view of one sample. Raises RequestError."""
+    asked = message.sampling
+    params = SamplingParams(
+        max_tokens=asked.max_tokens, temperature=asked.temperature, top_k=asked.top_k, top_p=asked.top_p,
+        min_p=asked.min_p, seed=asked.seed, min_tokens=asked.min_tokens, ignore_eos=asked.ignore_eos,
+        stop_token_ids=tuple(asked.stop_token_ids))
+    return Request(message.request_id, tuple(message.prompt), params, message.arrival_s,
+                   frozenset(message.stop_ids), message.priority)
+
+
+class EngineService:
+    """The loop of the process: socket in, step, socket out. Blocks on the socket when there is nothing to do."""
+
+    def __init__(self, loop: Loop, socket: zmq.Socket[bytes]) -> None:
+        self.loop = loop
+        self.socket = socket
+        self.step_errors = 0
+        self.step_started_s = 0.0  # read by the heartbeat thread; 0 between steps
+        self._clock = MonotonicClock()
+        self._live: set[str] = set()
+        self._failures_in_a_row = 0
+        self._stats_s = 0.0
+        self._last_stats: dict[str, float] = {}
+        self._stopping = False
+
+    def run(self) -> None:
+        """Serve until told to stop. Raises what a step raises when that happens again and again."""
+        while not self._stopping:
+            busy = self.loop.has_work
+            if not busy:
+                self._send_stats(force=True)
+                self.socket.poll(IDLE_POLL_MS)
+            self._receive()
+            if self.loop.has_work and not self._stopping:
+                self._step()
+                self._send_stats()
+
+    def step_age_s(self) -> float:
+        """Seconds that the step in progress has taken so far."""
+        started_s = self.step_started_s
+        return self._clock.now_s() - started_s if started_s else 0.0
+
+    def _receive(self) -> None:
+        """Handle every message that is there; a bad one is dropped and said."""
+        while not self._stopping:
+            try:
+                raw = self.socket.recv(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            try:
+                message = wire.decode_to_engine(raw)
+            except (msgspec.DecodeError, ValueError) as error:
+                log.error("a message outside the schema was dropped (%s)", type(error).__name__)
+                continue
+            self._handle(message)
+
+    def _handle(self, message: wire.ToEngine) -> None:
+        if isinstance(message, wire.Add):
+            self._add(message)
+        elif isinstance(message, wire.Abort):
+            for request_id in message.request_ids:
+                self._abort(request_id)
+        else:
+            self._stopping = True
+
+    def _add(self, message: wire.Add) -> None:
+        try:
+            self.loop.add(to_request(message))
+        except RequestError as error:
+            self._send(wire.Batch([_failure(message.request_id, str(error), 400, error.param)]))
+        except Exception as error:  # one request's fault must not be everybody's
+            self._count_failure("add", error)
+            self._send(wire.Batch([_failure(message.request_id, "the engine failed on this request", 500)]))
+        else:
+            self._live.add(message.request_id)
+            self._send(wire.Accepted(message.request_id))
+
+    def _abort(self, request_id: str) -> None:
+        self._live.discard(request_id)
+        try:
+            self.loop.abort(request_id)
+        except Exception as error:
+            self._count_failure("abort", error)
+
+    def _step(self) -> None:
+        self.step_started_s = self._clock.now_s()
+        try:
+            updates = self.loop.step()
+            self._failures_in_a_row = 0
+        except Exception as error:
+            self._count_failure("step", error)
+            self._failures_in_a_row += 1
+            if self._failures_in_a_row >= MAX_STEP_FAILURES_IN_A_ROW:
+                raise
+            self._end_all()
+            return
+        finally:
+            self.step_started_s = 0.0
+        news = [
+            wire.News(update.request_id, list(update.tokens), update.finish_reason, update.error,
+                      500 if update.error else 0)
+            for update in updates if update.request_id in self._live
+        ]
+        for update in updates:
+            if update.finish_reason is not None:
+                self._live.discard(update.request_id)
+        if news:
+            self._send(wire.Batch(news))
+
+    def _end_all(self) -> None:
+        """A step that raised cannot say whose fault it was: every live request ends with an error, the loop goes on."""
+        live, self._live = sorted(self._live), set()
+        for request_id in live:
+            self._abort(request_id)
+        self._send(wire.Batch([_failure(name, "the engine failed in a step; try again", 500) for name in live]))
+
+    def _count_failure(self, where: str, error: Exception) -> None:
+        """Count and say where; never the message, which may quote a request."""
+        self.step_errors += 1
+        frames = traceback.extract_tb(error.__traceback__)
+        at = f"{os.path.basename(frames[-1].filename)}:{frames[-1].lineno}" if frames else "?"
+        log.error("%s raised %s at %s", where, type(error).__name__, at)
+
+    def _send(self, message: msgspec.Struct) -> None:
+        self.socket.send(wire.encode(message), copy=True)
+
+    def _send_stats(self, *, force: bool = False) -> None:
+        """At most ten times a second, plus once whenever work ends; only what changed is worth a message."""
+        now_s = self._clock.now_s()
+        if now_s - self._stats_s < STATS_S and not force:
+            return
+        values = {key: float(value) for key, value in self.loop.stats().items() if isinstance(value, (int, float))}
+        values["step_errors"] = float(self.step_errors)
+        if values != self._last_stats:
+            self._last_stats, self._stats_s = values, now_s
+            self._send(wire.Stats(values))
+
+
+def _failure(request_id: str, text: str, status: int, param: str | None = None) -> wire.News:
+    return wire.News(request_id, [], "error", text[:4096], status, param)
+
+
+def _beat(service: EngineService, control: child.FrameWriter) -> None:
+    """The heartbeat thread. It says how old the step is, so that a long step and a hung process differ."""
+    tick = threading.Event()
+    while True:
+        try:
+            control.send(wire.Beat(service.step_age_s(), service.step_errors))
+        except OSError:
+            return  # the lifeline thread ends the process
+        tick.wait(BEAT_S)
+
+
+def serve(start: wire.EngineStart, control: child.FrameWriter, build: Build) -> int:
+    """Build the engine, say so, and run until told to stop. Returns the exit status."""
+    try:
+        control.send(wire.Progress("loading the model"))
+        loop, facts = build(start.config)
+    except ConfigError as error:
+        control.send(wire.Failed(" ".join(str(error).split("\n"))[:4096], 2))
+        return 2
+    except Exception as error:
+        log.debug("building the engine failed", exc_info=True)
+        line = f"{type(error).__name__}: {error}".split("\n")[0]
+        control.send(wire.Failed(f"the engine could not start: {line}"[:4096], 1))
+        return 1
+    with zmq.Context() as context, context.socket(zmq.PAIR) as socket:
+        socket.setsockopt(zmq.LINGER, 1000)
+        socket.setsockopt(zmq.SNDHWM, 0)  # bounded by max_tokens of what runs; a slow server never blocks a step
+        socket.setsockopt(zmq.RCVHWM, 0)
+        socket.setsockopt(zmq.MAXMSGSIZE, wire.MAX_FRAME_BYTES)
+        socket.connect(start.address)
+        service = EngineService(loop, socket)
+        threading.Thread(target=_beat, args=(service, control), name="heartbeat", daemon=True).start()
+        control.send(facts)
+        try:
+            service.run()
+        finally:
+            loop.close()
+    return 0
+
+
+def build_real(config: EngineConfig) -> tuple[Loop, wire.Facts]:
+    """The engine of this tree, and what the server must know of it."""
+    from engine.build import build_engine, resolve
+
+    resolved, spec, pool_groups = resolve(config)
+    assert resolved.max_model_len is not None
+    # Resolved once: what the machine has free may differ a moment later.
+    loop = build_engine(dataclasses.replace(resolved, kv_pool_bytes=None, kv_pool_groups=pool_groups))
+    summary = f"{spec.architecture}, {resolved.dtype}, {resolved.max_num_seqs} slots of {resolved.max_model_len} tokens"
+    length = resolved.max_model_len
+    return loop, wire.Facts(length, length, spec.vocab, list(spec.eos_ids), summary)
+
+
+def main(build: Build = build_real, warm_up: Callable[[], Any] | None = None) -> int:
+    """Entry of the process. warm_up: imports worth doing before the configuration arrives. Returns the exit status."""
+    child.die_with_parent()
+    child.leave_signals_to_parent()
+    control = child.FrameWriter(child.claim_stdout())
+    if warm_up is not None:
+        warm_up()
+    start = child.read_frame(0, wire.decode_start)
+    if start is None or os.getppid() != start.parent_pid:
+        return 1
+    child.log_to_stderr(start.log_level)
+    child.exit_when_closed(0)
+    try:
+        return serve(start, control, build)
+    except Exception as error:
+        log.error("the engine process ends: %s", type(error).__name__)
+        return 70
+
+
+def _import_engine() -> None:
+    """Import torch and the rest while the server resolves the model. What fails here fails again later, and says why."""
+    try:
+        import engine.build  # noqa: F401
+    except ImportError:
+        pass
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+    status = main(warm_up=_import_engine)
+    sys.stderr.flush()
+    os._exit(status)  # pages are given back; a slow interpreter teardown would only delay the exit

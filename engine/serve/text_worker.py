@@ -1,0 +1,82 @@
+"""A process that turns text into ids and back: `python -m engine.serve.text_worker TOKENIZER_FOLDER`.
+
+It exists to be killed: a chat template or a tokenizer that takes too long must not stop anybody else. It reads one job
+from its standard input, writes one answer to its standard output, and dies with its parent. It knows no HTTP.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+from typing import Any
+
+import msgspec
+
+from engine.core.errors import TesseraError
+from engine.serve import child, wire
+
+ADDRESS_SPACE_BYTES = 8 << 30  # a template that builds a huge text meets MemoryError, not the machine's limit
+
+
+def answer(tokenizer: Any, job: wire.ToText) -> wire.FromText:
+    """Do one job. A fault of the text or the template becomes a TextError that quotes neither."""
+    try:
+        if isinstance(job, wire.Decode):
+            return wire.Decoded(tokenizer.decode(job.tokens, skip_special_tokens=False))
+        if isinstance(job, wire.Encode):
+            ids = tokenizer.encode(job.text, add_special_tokens=job.add_special_tokens)
+        else:
+            rendered = tokenizer.render_chat(job.messages, add_generation_prompt=True)
+            size = len(rendered.encode("utf-8", "surrogatepass"))
+            if size > job.max_bytes:
+                return wire.TextError(f"the rendered messages have {size} bytes; the model's context holds "
+                                      f"at most {job.max_bytes}")
+            ids = tokenizer.encode(rendered, add_special_tokens=False)
+        return wire.Encoded(ids if len(ids) <= job.max_tokens else [], len(ids))
+    except TesseraError as error:
+        return wire.TextError(str(error)[:1000])
+    except MemoryError:
+        return wire.TextError("the text needs more memory than one request may use")
+    except Exception as error:
+        return wire.TextError(f"the text cannot be processed ({type(error).__name__})")
+
+
+def longest_token_bytes(tokenizer: Any) -> int:
+    """Bytes of the longest id, at least 1: no text of n tokens is longer than n times this."""
+    special = set(tokenizer.special_ids)
+    longest = max((len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size) if i not in special), default=1)
+    names = max((len(tokenizer.decode([i], skip_special_tokens=False).encode()) for i in special), default=1)
+    return min(max(1, longest, names), 1 << 20)
+
+
+def main(folder: str) -> int:
+    """Load the tokenizer, say so, then answer until the parent closes the pipe."""
+    child.die_with_parent()
+    child.leave_signals_to_parent()
+    writer = child.FrameWriter(child.claim_stdout())
+    resource.setrlimit(resource.RLIMIT_AS, (ADDRESS_SPACE_BYTES, ADDRESS_SPACE_BYTES))
+    from engine.tokenization import load_tokenizer
+
+    tokenizer = load_tokenizer(folder)
+    writer.send(wire.TextReady(longest_token_bytes(tokenizer), tokenizer.chat_template is not None))
+    while True:
+        try:
+            job = child.read_frame(0, wire.decode_to_text)
+        except (msgspec.DecodeError, ValueError) as error:
+            writer.send(wire.TextError(f"the text cannot be processed ({type(error).__name__})"))
+            continue
+        if job is None:
+            return 0
+        writer.send(answer(tokenizer, job))
+
+
+if __name__ == "__main__":
+    try:
+        os._exit(main(sys.argv[1]))
+    except TesseraError as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.flush()
+        os._exit(2)
+    except BrokenPipeError:
+        os._exit(1)

@@ -1,0 +1,211 @@
+"""Every message between the server, the engine process and the text workers: a fixed, bounded msgspec schema.
+
+It does not know sockets or pipes. Nothing here is ever unpickled; a field that is unknown, missing or out of its
+range fails the decoding, on whichever side the message arrives (reliability rules R1, R11, R12).
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import msgspec
+
+from engine.core.config import EngineConfig
+from engine.core.request import MAX_ABS_PRIORITY, MAX_SEED, MAX_STOP_IDS, MAX_TOKENS
+
+MAX_FRAME_BYTES = 256 << 20
+
+TokenId = Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
+Id = Annotated[str, msgspec.Meta(min_length=1, max_length=96)]
+Note = Annotated[str, msgspec.Meta(max_length=4096)]
+Text = Annotated[str, msgspec.Meta(max_length=16 << 20)]
+Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 40)]
+Tokens = Annotated[list[TokenId], msgspec.Meta(max_length=MAX_TOKENS)]
+UnitFloat = Annotated[float, msgspec.Meta(ge=0.0, le=1.0)]
+
+
+class Sampling(msgspec.Struct, frozen=True, forbid_unknown_fields=True, array_like=True):
+    """What the engine needs of a request's sampling; stop strings stay with the server, which sees text."""
+
+    max_tokens: Annotated[int, msgspec.Meta(ge=1, le=MAX_TOKENS)]
+    temperature: Annotated[float, msgspec.Meta(ge=0.0, le=100.0)]
+    top_k: Annotated[int, msgspec.Meta(ge=-1, le=MAX_TOKENS)]
+    top_p: UnitFloat
+    min_p: UnitFloat
+    seed: Annotated[int, msgspec.Meta(ge=0)]
+    min_tokens: Annotated[int, msgspec.Meta(ge=0, le=MAX_TOKENS)]
+    ignore_eos: bool
+    stop_token_ids: Annotated[list[TokenId], msgspec.Meta(max_length=MAX_STOP_IDS)]
+
+    def __post_init__(self) -> None:
+        if self.seed > MAX_SEED:
+            raise ValueError(f"seed={self.seed} is above {MAX_SEED}")
+
+
+class Add(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="add"):
+    """Start one sample. arrival_s: CLOCK_MONOTONIC, which both processes read."""
+
+    request_id: Id
+    prompt: Annotated[list[TokenId], msgspec.Meta(min_length=1, max_length=MAX_TOKENS)]
+    sampling: Sampling
+    stop_ids: Annotated[list[TokenId], msgspec.Meta(max_length=2 * MAX_STOP_IDS)]
+    priority: Annotated[int, msgspec.Meta(ge=-MAX_ABS_PRIORITY, le=MAX_ABS_PRIORITY)]
+    arrival_s: float
+
+
+class Abort(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="abort"):
+    """Nobody wants these samples any more; unknown ids are no error (they may just have ended)."""
+
+    request_ids: Annotated[list[Id], msgspec.Meta(max_length=1 << 16)]
+
+
+class Shutdown(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="shutdown"):
+    """Give everything back and exit 0."""
+
+
+ToEngine = Add | Abort | Shutdown
+
+
+class News(msgspec.Struct, frozen=True, forbid_unknown_fields=True, array_like=True):
+    """New tokens of one sample and, at the end, why. status: 400 or 500 beside an error; param: the wrong field."""
+
+    request_id: Id
+    tokens: Tokens = []
+    finish_reason: Annotated[str, msgspec.Meta(max_length=16)] | None = None
+    error: Note | None = None
+    status: Annotated[int, msgspec.Meta(ge=0, le=599)] = 0
+    param: Annotated[str, msgspec.Meta(max_length=64)] | None = None
+
+
+class Accepted(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="accepted"):
+    """The engine took this sample: a stream may begin."""
+
+    request_id: Id
+
+
+class Batch(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="batch"):
+    """The news of one step."""
+
+    news: list[News]
+
+
+class Stats(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="stats"):
+    """Numbers of the engine, at most ten times a second."""
+
+    values: Annotated[dict[str, float], msgspec.Meta(max_length=256)]
+
+
+FromEngine = Accepted | Batch | Stats
+
+
+class EngineStart(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="start"):
+    """The one frame the engine process gets on its standard input, which then stays open as the parent's lifeline."""
+
+    config: EngineConfig
+    address: str
+    parent_pid: int
+    log_level: str
+
+
+class Progress(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="progress"):
+    """One line about the start."""
+
+    text: Note
+
+
+class Failed(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="failed"):
+    """The start failed. exit_status: 2 when the user can fix it (a setting, a file), else 1."""
+
+    text: Note
+    exit_status: Annotated[int, msgspec.Meta(ge=1, le=255)]
+
+
+class Facts(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="ready"):
+    """The engine is ready; what the server must know of it. max_request_tokens: prompt and output of one request."""
+
+    max_model_len: Annotated[int, msgspec.Meta(ge=1, le=MAX_TOKENS)]
+    max_request_tokens: Annotated[int, msgspec.Meta(ge=1, le=MAX_TOKENS)]
+    vocab_size: Annotated[int, msgspec.Meta(ge=1, lt=1 << 31)]
+    eos_ids: Annotated[list[TokenId], msgspec.Meta(max_length=MAX_STOP_IDS)]
+    summary: Note
+
+
+class Beat(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="beat"):
+    """Once a second. step_age_s: how long the step in progress has run; 0 between steps."""
+
+    step_age_s: float
+    step_errors: Count
+
+
+ControlMessage = Progress | Failed | Facts | Beat
+
+
+class Encode(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="encode"):
+    """Text to ids. max_tokens: more than so many are counted but not sent back."""
+
+    text: Text
+    add_special_tokens: bool
+    max_tokens: Count
+
+
+class Render(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="render"):
+    """Messages through the chat template, then to ids. max_bytes: of the rendered text."""
+
+    messages: list[dict[str, str]]
+    max_tokens: Count
+    max_bytes: Count
+
+
+class Decode(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="decode"):
+    """Ids to text."""
+
+    tokens: Tokens
+
+
+ToText = Encode | Render | Decode
+
+
+class TextReady(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="text_ready"):
+    """The worker has loaded its tokenizer. longest_token_bytes: of any id; has_template: chat works."""
+
+    longest_token_bytes: Annotated[int, msgspec.Meta(ge=1, le=1 << 20)]
+    has_template: bool
+
+
+class Encoded(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="encoded"):
+    """ids is empty when there were more than asked for; count is always true."""
+
+    tokens: Tokens
+    count: Count
+
+
+class Decoded(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="decoded"):
+    """The text of ids."""
+
+    text: Annotated[str, msgspec.Meta(max_length=64 << 20)]
+
+
+class TextError(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="text_error"):
+    """This job failed; the message is fit for the client (it never quotes the prompt)."""
+
+    text: Note
+
+
+FromText = TextReady | Encoded | Decoded | TextError
+
+
+encode = msgspec.msgpack.Encoder().encode
+decode_to_engine = msgspec.msgpack.Decoder(ToEngine).decode
+decode_from_engine = msgspec.msgpack.Decoder(FromEngine).decode
+decode_start = msgspec.msgpack.Decoder(EngineStart).decode
+decode_control = msgspec.msgpack.Decoder(ControlMessage).decode
+decode_to_text = msgspec.msgpack.Decoder(ToText).decode
+decode_from_text = msgspec.msgpack.Decoder(FromText).decode
+
+
+def frame(message: msgspec.Struct) -> bytes:
+    """A message for a pipe: four bytes of length, little-endian, and the msgpack bytes."""
+    body = encode(message)
+    if len(body) > MAX_FRAME_BYTES:
+        raise ValueError(f"a frame of {len(body)} bytes is above {MAX_FRAME_BYTES}")
+    return len(body).to_bytes(4, "little") + body
