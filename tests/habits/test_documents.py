@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from scripts import flags
 
 from engine.core.config import EngineConfig, ServerConfig
 from engine.core.knobs import settings
+from scripts import flags
 
 DOCUMENTS = ("README.md", "engine/README.md", "docs/*.md")
 FENCE = re.compile(r"^```(?:sh|bash|console)\n(.*?)^```", re.MULTILINE | re.DOTALL)
