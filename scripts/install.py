@@ -48,9 +48,12 @@ def say(text: str) -> None:
 
 
 def run(*command: str, quiet: bool = False) -> bool:
-    """Run a command in the checkout; whether it succeeded."""
+    """Run a command in the checkout; whether there was one and it succeeded."""
     output = subprocess.DEVNULL if quiet else None
-    return subprocess.run(command, cwd=HERE, stdout=output, stderr=output, check=False).returncode == 0
+    try:
+        return subprocess.run(command, cwd=HERE, stdout=output, stderr=output, check=False).returncode == 0
+    except FileNotFoundError:
+        return False
 
 
 def cpu_index_answers() -> bool:
