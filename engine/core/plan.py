@@ -1,18 +1,19 @@
 """The frozen messages between the scheduler and whoever runs a step.
 
 They hold ids and counts, never tensors, pages or text. A sequence's tokens travel once per epoch, in its admission;
-after that the executor knows them, because it samples them itself.
+after that the executor knows them, because it samples them itself. What exists once per sequence and step (Chunk,
+SampledToken, Update) is a NamedTuple: a frozen dataclass costs four times as much to make, and a step makes thousands.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from engine.core.request import SamplingParams
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
+class Chunk(NamedTuple):
     """`length` consecutive tokens of one sequence, run in one step; a decode is a chunk of one.
 
     start: tokens whose KV is already written. samples: the last known token is inside, so one token comes out.
@@ -62,13 +63,17 @@ class StepPlan:
     ignored: tuple[int, ...] = ()
 
     @property
+    def is_empty(self) -> bool:
+        """Nothing for an executor to do: no chunk and no release (an admission comes with its chunk)."""
+        return not self.chunks and not self.releases
+
+    @property
     def num_tokens(self) -> int:
         """Tokens run by this step."""
         return sum(chunk.length for chunk in self.chunks)
 
 
-@dataclass(frozen=True, slots=True)
-class SampledToken:
+class SampledToken(NamedTuple):
     """The token that a chunk with `samples` produced."""
 
     seq_id: int
@@ -76,17 +81,28 @@ class SampledToken:
     token: int
 
 
+class Failure(NamedTuple):
+    """One sequence's chunk went wrong (say, its logits were not finite); the others of the step are whole."""
+
+    seq_id: int
+    epoch: int
+    message: str
+
+
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What came out. refused: sequences whose memory growth was refused; their chunks did not run."""
+    """What came out. refused: sequences whose memory growth was refused; their chunks did not run.
+
+    Every chunk with `samples` is answered exactly once: by a token, a refusal or a failure.
+    """
 
     step_id: int
     tokens: tuple[SampledToken, ...] = ()
     refused: tuple[int, ...] = ()
+    failed: tuple[Failure, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Update:
+class Update(NamedTuple):
     """News for a client: tokens emitted now and, at the end, why ("stop" | "length" | "abort" | "error")."""
 
     request_id: str

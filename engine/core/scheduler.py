@@ -1,0 +1,421 @@
+"""The scheduler: takes requests, makes step plans, digests step results. Owns every sequence's state.
+
+It owns no policy (who runs) and no rule of memory (who may); it never sees a token's meaning, a page or a clock.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+
+from engine.core.draft import StepDraft, requeue
+from engine.core.errors import ConfigError, InvariantError, RequestError
+from engine.core.ledger import KvLedger
+from engine.core.plan import Failure, StepPlan, StepResult, Update
+from engine.core.policies import Policy
+from engine.core.queues import Queues
+from engine.core.record import StepRecord
+from engine.core.request import Request
+from engine.core.sequence import Sequence, Status
+
+MAX_LONELY_REFUSALS = 3  # memory refusals with nothing else running, after which a request ends with an error
+RESTORE_STEPS = 32  # steps without a refusal after which half of the withheld groups are believed in again
+MAX_KEPT_RECORDS = 4096
+
+_new = tuple.__new__
+
+
+class _Flight:
+    """A submitted plan whose result is awaited."""
+
+    __slots__ = (
+        "plan",
+        "planned_s",
+        "prefill_tokens",
+        "prefills",
+        "reserved_groups",
+        "running",
+        "unsampled",
+        "waiting",
+    )
+
+    def __init__(self, plan: StepPlan, draft: StepDraft) -> None:
+        self.plan = plan
+        self.planned_s = draft.now_s
+        self.unsampled = draft.unsampled
+        self.prefills = draft.num_prefills
+        self.prefill_tokens = draft.num_tokens - (draft.num_chunks - draft.num_prefills)
+        self.running = len(draft.queues.running)
+        self.waiting = len(draft.queues.waiting)
+        self.reserved_groups = draft.ledger.reserved_groups
+
+
+class Scheduler:
+    """plan() and commit() of steps over a policy and a ledger.
+
+    max_num_seqs: sequences that hold memory (slots) at once. max_model_len: known tokens at which a sequence ends.
+    depth: steps in flight at once; a sequence in flight is in one of them only.
+    Every plan that is not `is_empty` must be submitted; results must be committed in that order.
+    """
+
+    draft_class = StepDraft
+    sequence_class = Sequence
+
+    def __init__(
+        self, policy: Policy, ledger: KvLedger, *, max_num_seqs: int, max_model_len: int, depth: int = 1
+    ) -> None:
+        for name, value in (("max_num_seqs", max_num_seqs), ("max_model_len", max_model_len), ("depth", depth)):
+            if value < 1:
+                raise ConfigError(f"{name}={value} is below 1")
+        ledger.bind(limit_tokens=max_model_len, reserve_context=policy.reserves_context)
+        self.policy = policy
+        self.ledger = ledger
+        self.max_num_seqs = max_num_seqs
+        self.max_model_len = max_model_len
+        self.depth = depth
+        self.length_limit = min(max_model_len, ledger.fit_tokens())
+        self.queues = Queues()
+        self._live: dict[int, Sequence] = {}
+        self._by_request: dict[str, Sequence] = {}
+        self._flights: deque[_Flight] = deque()
+        self._batches = 0  # flights with chunks; a plan of releases alone takes no place in the pipeline
+        self._releases: list[int] = []  # slots to be given back by the next plan
+        self._updates: list[Update] = []  # news that no result brings: aborted, ignored
+        self._next_seq = 0
+        self._next_step = 0
+        self._calm_steps = 0
+        self._solo = False  # after a step that refused everyone: one sequence at a time until a step goes well
+        self.totals = dict.fromkeys(
+            ("steps", "tokens_run", "outputs", "finished", "aborted", "ignored", "failed", "preempted", "refused"), 0
+        )
+        self.records: deque[StepRecord] = deque(maxlen=MAX_KEPT_RECORDS)
+
+    # ------------------------------------------------------------ requests
+
+    def validate(self, request: Request) -> None:
+        """Raise RequestError, naming value and limit, for a request that can never be served whole."""
+        if not request.prompt:
+            raise RequestError("the prompt is empty; it needs at least 1 token", "prompt")
+        limit = min(self.length_limit - 1, self.policy.prompt_limit)
+        if len(request.prompt) > limit:
+            why = f"max_model_len={self.max_model_len}"
+            if self.length_limit < self.max_model_len:
+                why += f", of which the KV pool holds {self.length_limit} for one request"
+            raise RequestError(
+                f"the prompt has {len(request.prompt)} tokens; at most {limit} leave room for an output ({why})",
+                "prompt",
+            )
+
+    def add(self, request: Request, *, validate: bool = True) -> int:
+        """Queue a request. Returns its seq_id. Raises RequestError when it can never fit, or its id is in use.
+
+        validate=False leaves an over-long prompt to the head-of-line check, which ends it with "length".
+        """
+        if request.request_id in self._by_request:
+            raise RequestError("request_id is in use by a live request; use another", "request_id")
+        if validate:
+            self.validate(request)
+        sequence = self.sequence_class(self._next_seq, request, self._length_cap(request))
+        self._next_seq += 1
+        self._live[sequence.seq_id] = sequence
+        self._by_request[request.request_id] = sequence
+        self.queues.waiting.append(sequence)
+        return sequence.seq_id
+
+    def _length_cap(self, request: Request) -> int:
+        """Known tokens at which a request ends."""
+        if request.params.max_tokens is None:
+            return self.length_limit
+        return min(len(request.prompt) + request.params.max_tokens, self.length_limit)
+
+    def abort(self, request_id: str) -> bool:
+        """End a request now, wherever it is; the next plan gives its slot back. False when it is not live."""
+        sequence = self._by_request.get(request_id)
+        if sequence is None:
+            return False
+        self._drop(sequence)
+        self.totals["aborted"] += 1
+        self._updates.append(Update(request_id, (), "abort"))
+        return True
+
+    # ------------------------------------------------------------ steps
+
+    def plan(self, now_s: float) -> StepPlan:
+        """The next step. Empty when `depth` steps are in flight or nothing can run now."""
+        step_id = self._next_step
+        self._next_step += 1
+        if self._batches >= self.depth:
+            return StepPlan(step_id)
+        queues = self.queues
+        draft = self.draft_class(
+            queues,
+            self.ledger,
+            now_s=now_s,
+            max_num_seqs=1 if self._solo else self.max_num_seqs,
+            prompt_limit=self.policy.prompt_limit,
+            released=self._releases,
+        )
+        self.policy.fill(draft)
+        plan = draft.freeze(step_id)
+        self._releases = []
+        self.totals["preempted"] += len(plan.preempted)
+        for sequence in draft.ignored:
+            self._forget(sequence)
+            self._updates.append(Update(sequence.request_id, (), "length"))
+        self.totals["ignored"] += len(draft.ignored)
+        if plan.is_empty:
+            if not queues.running:
+                self.ledger.restore()  # nothing holds memory, so nothing can be withheld from it
+            return plan
+        self._batches += bool(plan.chunks)
+        self._flights.append(_Flight(plan, draft))
+        return plan
+
+    def commit(self, result: StepResult) -> list[Update]:
+        """Digest the result of the oldest submitted plan. Returns the news for clients.
+
+        Results of an older epoch, and of sequences that ended meanwhile, are dropped. Raises InvariantError when the
+        result is another step's, or does not answer each sampling chunk exactly once.
+        """
+        if not self._flights:
+            raise InvariantError(f"result of step {result.step_id}, but no step is in flight")
+        flight = self._flights[0]
+        self._verify(flight, result)
+        self._flights.popleft()
+        plan = flight.plan
+        self._batches -= bool(plan.chunks)
+        updates, self._updates = self._updates, []
+        if result.refused:
+            self._take_refusals(plan, result.refused, updates)
+        elif plan.chunks:
+            self._solo = False
+        if result.failed:
+            self._take_failures(result.failed, updates)
+        for sequence, chunk in flight.unsampled:
+            if sequence.epoch == chunk.epoch and sequence.status is Status.IN_FLIGHT:
+                sequence.computed += chunk.length
+                sequence.status = Status.PREFILLING
+        before = len(updates)
+        ended = self._take_tokens(result, updates)
+        sampled = len(updates) - before
+        if ended:
+            self._end(ended)
+        self._note(flight, result, sampled, len(ended))
+        return updates
+
+    def _verify(self, flight: _Flight, result: StepResult) -> None:
+        """Raise InvariantError unless the result answers this plan; nothing has changed then."""
+        plan = flight.plan
+        if plan.step_id != result.step_id:
+            raise InvariantError(f"result of step {result.step_id}, step {plan.step_id} is awaited")
+        answers = len(result.tokens)
+        if result.refused or result.failed:
+            samples = {chunk.seq_id: chunk.samples for chunk in plan.chunks}
+            lost = {*result.refused, *(failure.seq_id for failure in result.failed)}
+            if not lost <= samples.keys():
+                raise InvariantError(f"step {plan.step_id} answers for sequences that are not in it")
+            answers += sum(samples[seq_id] for seq_id in lost)
+        sampling = len(plan.chunks) - len(flight.unsampled)
+        if answers != sampling:
+            raise InvariantError(f"step {plan.step_id} has {sampling} sampling chunks and {answers} answers")
+
+    def _take_tokens(self, result: StepResult, updates: list[Update]) -> list[Sequence]:
+        """Append sampled tokens to their sequences and news to `updates`. Returns who ended. The hot loop."""
+        live = self._live
+        ended: list[Sequence] = []
+        decoding = Status.DECODING
+        for seq_id, epoch, token in result.tokens:
+            sequence = live.get(seq_id)
+            if sequence is None or sequence.epoch != epoch:
+                continue
+            # Sequence.append, written out: a call a token would be a third of the step
+            sequence.outputs.append(token)
+            sequence.computed = known = sequence.known
+            sequence.known = known + 1
+            sequence.status = decoding
+            reason = None
+            if known + 1 >= sequence.length_cap or token in sequence.stop_ids:
+                reason = sequence.stop_reason(token)
+                if reason is not None:
+                    ended.append(sequence)
+            updates.append(_new(Update, (sequence.request_id, (token,), reason, None)))
+        return ended
+
+    def drain(self) -> list[Update]:
+        """News that no result brings (aborted and ignored requests), for when no step is in flight."""
+        updates, self._updates = self._updates, []
+        return updates
+
+    def keep_news(self, updates: list[Update]) -> None:
+        """Put news back, to be brought by the next commit() or drain()."""
+        self._updates.extend(updates)
+
+    def fail_step(self, step_id: int, message: str) -> None:
+        """The oldest submitted step was lost (the executor raised): its sequences end with an error.
+
+        Its slots are given back again by the next plan, because nobody knows how far it came.
+        """
+        if not self._flights or self._flights[0].plan.step_id != step_id:
+            raise InvariantError(f"step {step_id} is not the one awaited")
+        plan = self._flights.popleft().plan
+        self._batches -= bool(plan.chunks)
+        self._releases.extend(plan.releases)
+        failures = tuple(Failure(chunk.seq_id, chunk.epoch, message) for chunk in plan.chunks)
+        news: list[Update] = []
+        self._take_failures(failures, news)
+        self.keep_news(news)
+
+    # ------------------------------------------------------------ what may go wrong in a step
+
+    def _take_refusals(self, plan: StepPlan, refused: tuple[int, ...], updates: list[Update]) -> None:
+        """Preempt whom the executor had no memory for, although the ledger thought there was some.
+
+        The ledger then believes in no more memory than others hold, so whoever was refused waits for them to end
+        instead of trying again at once. When nobody is left, it tries again alone, and a few refusals later it ends
+        with an error: so neither two sequences nor one can be refused for ever.
+        """
+        self.totals["refused"] += len(refused)
+        epochs = {chunk.seq_id: chunk.epoch for chunk in plan.chunks}
+        victims = [s for s in map(self._live.get, refused) if s is not None and s.epoch == epochs[s.seq_id]]
+        alone = len(self.queues.running) == 1
+        self._calm_steps = 0
+        self._solo = self._solo or len(victims) == len(self.queues.running)
+        for sequence in sorted(victims, key=lambda s: s.order, reverse=True):
+            sequence.refusals += alone
+            if sequence.refusals >= MAX_LONELY_REFUSALS:
+                tokens, times = sequence.known, sequence.refusals
+                self._fail(sequence, f"memory for {tokens} tokens was refused {times} times with nothing else running")
+                continue
+            self.queues.running.remove(sequence)
+            self.ledger.release(sequence.seq_id)
+            self._releases.append(sequence.seq_id)
+            sequence.restart()
+            requeue(self.queues, self.ledger, sequence)
+            self.totals["preempted"] += 1
+        if victims:
+            self.ledger.withhold()
+        updates.extend(self.drain())
+
+    def _take_failures(self, failed: Iterable[Failure], updates: list[Update]) -> None:
+        """End the sequences whose chunk went wrong."""
+        for seq_id, epoch, message in failed:
+            sequence = self._live.get(seq_id)
+            if sequence is not None and sequence.epoch == epoch:
+                self._fail(sequence, message)
+        updates.extend(self.drain())
+
+    def _fail(self, sequence: Sequence, message: str) -> None:
+        """End one sequence with an error."""
+        self._drop(sequence)
+        self.totals["failed"] += 1
+        self._updates.append(Update(sequence.request_id, (), "error", message))
+
+    # ------------------------------------------------------------ ends
+
+    def _end(self, ended: list[Sequence]) -> None:
+        """Sequences that finished in a commit: memory back now, slots with the next plan."""
+        for sequence in ended:
+            sequence.status = Status.FINISHED
+            self.ledger.release(sequence.seq_id)
+            self._releases.append(sequence.seq_id)
+            self._forget(sequence)
+        finished = Status.FINISHED
+        self.queues.running = [sequence for sequence in self.queues.running if sequence.status is not finished]
+        self.totals["finished"] += len(ended)
+
+    def _drop(self, sequence: Sequence) -> None:
+        """Take one live sequence out of everything, in whatever state it is."""
+        if sequence.status is Status.WAITING:
+            self.queues.waiting.remove(sequence)
+        else:
+            self.queues.running.remove(sequence)
+            self.ledger.release(sequence.seq_id)
+            self._releases.append(sequence.seq_id)
+        sequence.status = Status.FINISHED
+        self._forget(sequence)
+
+    def _forget(self, sequence: Sequence) -> None:
+        del self._live[sequence.seq_id]
+        del self._by_request[sequence.request_id]
+
+    # ------------------------------------------------------------ numbers
+
+    @property
+    def has_work(self) -> bool:
+        """Whether another step would do or tell anything: sequences, results, releases or news."""
+        return bool(self._live or self._flights or self._releases or self._updates)
+
+    @property
+    def num_in_flight(self) -> int:
+        """Submitted plans whose results are awaited."""
+        return len(self._flights)
+
+    def _note(self, flight: _Flight, result: StepResult, sampled: int, finished: int) -> None:
+        """Write the step's record and add it to the totals."""
+        plan, ledger = flight.plan, self.ledger
+        prefills, prefill_tokens = flight.prefills, flight.prefill_tokens
+        decodes = len(plan.chunks) - prefills
+        self.records.append(
+            StepRecord(
+                plan.step_id,
+                flight.planned_s,
+                prefills,
+                prefill_tokens,
+                decodes,
+                flight.running,
+                flight.waiting,
+                len(plan.preempted),
+                len(plan.ignored),
+                flight.reserved_groups,
+                ledger.total_groups,
+                sampled,
+                len(result.tokens) - sampled,
+                len(result.refused),
+                finished,
+            )
+        )
+        totals = self.totals
+        totals["steps"] += 1
+        totals["tokens_run"] += prefill_tokens + decodes
+        totals["outputs"] += sampled
+        if not result.refused and ledger.withheld_groups:
+            self._calm_steps += 1
+            if self._calm_steps >= RESTORE_STEPS:
+                self._calm_steps = 0
+                ledger.restore(-(-ledger.withheld_groups // 2))
+
+    def stats(self) -> dict[str, int]:
+        """Counts now (sequences, groups) and totals since the start (`*_total`)."""
+        ledger = self.ledger
+        now = {
+            "running": len(self.queues.running),
+            "waiting": len(self.queues.waiting),
+            "in_flight": len(self._flights),
+            "ledger_groups_total": ledger.total_groups,
+            "ledger_groups_free": ledger.free_groups,
+            "ledger_groups_reserved": ledger.reserved_groups,
+            "ledger_groups_withheld": ledger.withheld_groups,
+        }
+        return now | {f"{name}_total": count for name, count in self.totals.items()}
+
+    def check(self) -> None:
+        """Raise InvariantError unless everything we promise about our own state holds. Idle, and in tests."""
+        running, waiting = self.queues.running, list(self.queues.waiting)
+        ids = [sequence.seq_id for sequence in (*running, *waiting)]
+        if len(ids) != len(self.queues.waiting) + len(running) or sorted(ids) != sorted(self._live):
+            raise InvariantError(f"queues hold {sorted(ids)}, live are {sorted(self._live)}")
+        if len(running) > self.max_num_seqs:
+            raise InvariantError(f"{len(running)} sequences run, at most {self.max_num_seqs} may")
+        for sequence in waiting:
+            if sequence.status is not Status.WAITING or sequence.computed:
+                raise InvariantError(f"{sequence!r} waits")
+        for sequence in running:
+            if sequence.status in (Status.WAITING, Status.FINISHED):
+                raise InvariantError(f"{sequence!r} runs")
+            if sequence.known != len(sequence.request.prompt) + len(sequence.outputs):
+                raise InvariantError(f"{sequence!r} has {len(sequence.outputs)} outputs")
+        in_flight = {(chunk.seq_id, chunk.epoch) for flight in self._flights for chunk in flight.plan.chunks}
+        for sequence in running:
+            if (sequence.status is Status.IN_FLIGHT) != ((sequence.seq_id, sequence.epoch) in in_flight):
+                raise InvariantError(f"{sequence!r} is in flight: {(sequence.seq_id, sequence.epoch) in in_flight}")
+        self.ledger.check({s.seq_id: s.computed if s.status is Status.DECODING else s.goal for s in running})
