@@ -145,7 +145,9 @@ class StepDraft:
         running = len(self.running) + len(self.kept)
         if running >= self.max_num_seqs:
             return Refusal("slots", 1, 0)
-        refusal = self._over_budget(tokens) or self._no_memory(sequence)
+        refusal = self._over_budget(tokens)  # falsy itself, so no `or` here
+        if refusal is None:
+            refusal = self._no_memory(sequence)
         if refusal is not None:
             return refusal
         ledger = self.ledger
@@ -216,16 +218,20 @@ class StepDraft:
         """Why a waiting sequence's memory cannot be reserved now, or None."""
         ledger = self.ledger
         cap = ledger.rule.preemption_cap
-        if cap is None or (sequence.preemptions < cap and not ledger.whole_groups):
-            return ledger.may_admit(sequence.known)
-        if sequence.preemptions < cap:
-            return ledger.may_finish(sequence.length_cap, None) or ledger.may_admit(sequence.known)
-        others = (s.length_cap for place in (self.running, self.kept) for s in place if not s.whole)
-        return ledger.may_finish(sequence.length_cap, max(others, default=0)) or ledger.may_admit(sequence.length_cap)
+        whole = cap is not None and sequence.preemptions >= cap
+        if whole or ledger.whole_groups:
+            beside = None
+            if whole:
+                others = (s.length_cap for place in (self.running, self.kept) for s in place if not s.whole)
+                beside = max(others, default=0)
+            refusal = ledger.may_finish(sequence.length_cap, beside)
+            if refusal is not None:
+                return refusal
+        return ledger.may_admit(sequence.length_cap if whole else sequence.known)
 
     def _chunk(self, sequence: Sequence, tokens: int) -> None:
         start = sequence.computed
-        if tokens > sequence.goal - start:
+        if not 0 < tokens <= sequence.goal - start:
             raise InvariantError(f"{tokens} tokens proposed for {sequence!r}, which has {sequence.left} left")
         chunk = Chunk(sequence.seq_id, sequence.epoch, start, tokens, start + tokens == sequence.known)
         sequence.status = Status.IN_FLIGHT

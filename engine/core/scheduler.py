@@ -138,6 +138,10 @@ class Scheduler:
         self._updates.append(Update(request_id, (), "abort"))
         return True
 
+    def sequence(self, seq_id: int) -> Sequence | None:
+        """A live sequence, to be looked at only."""
+        return self._live.get(seq_id)
+
     # ------------------------------------------------------------ steps
 
     def plan(self, now_s: float) -> StepPlan:
