@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 from engine.core.errors import LoadError
 from engine.loading.gguf_file import GgufFile
 from engine.loading.gguf_tokenizer import rebuild_tokenizer
-from engine.loading.jsonfile import write_object
 from engine.loading.safetensors_header import TORCH_NAMES, write_file
+from engine.tokenization.jsonfile import write_object
 
 if TYPE_CHECKING:
     import numpy as np

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from engine.core.errors import LoadError
-from engine.loading.jsonfile import parse_object
+from engine.tokenization.jsonfile import parse_object
 
 MAX_HEADER_BYTES = 100_000_000
 """The format's own limit."""

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.core.errors import LoadError
-from engine.loading.jsonfile import read_object, read_optional_object
+from engine.tokenization.jsonfile import read_object, read_optional_object
 
 log = logging.getLogger(__name__)
 

@@ -12,8 +12,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from engine.core.errors import LoadError
-from engine.loading.jsonfile import read_object
 from engine.loading.safetensors_header import TensorInfo, read_header
+from engine.tokenization.jsonfile import read_object
 
 if TYPE_CHECKING:
     import torch

@@ -1,0 +1,67 @@
+"""What everything else may ask of a vocabulary (Tokenizer), and how its ids become bytes (PieceTable).
+
+A vocabulary whose ids stand for more than one base piece (a patched one) is another implementation of Tokenizer: it
+fills a PieceTable whose entries are longer, and nothing above it changes. It does not encode anything itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+
+@dataclass(frozen=True, slots=True)
+class PieceTable:
+    """The bytes of every id, and how a decoder joins them.
+
+    pieces: bytes of id i; b"" for ids that stand for nothing. byte_runs: False = all bytes of a text are joined and
+    decoded as one UTF-8 text, each maximal invalid part becoming U+FFFD (byte-level BPE). True = only `byte_ids`
+    are bytes: a run of them is UTF-8 or else one U+FFFD for each of them, everything else is text already
+    (SentencePiece with byte fallback). strip: that many leading `strip_text` characters of a whole text are dropped
+    (SentencePiece's dummy prefix). special_ids: ids that skip_special_tokens leaves out.
+    """
+
+    pieces: Sequence[bytes]
+    special_ids: frozenset[int] = frozenset()
+    byte_runs: bool = False
+    byte_ids: frozenset[int] = field(default=frozenset())
+    strip: int = 0
+    strip_text: str = " "
+
+    def piece(self, token: int) -> bytes:
+        """Bytes of an id, special or not; b"" for one the vocabulary does not have (padding rows of a model)."""
+        return self.pieces[token] if 0 <= token < len(self.pieces) else b""
+
+
+class Tokenizer(Protocol):
+    """A vocabulary, as the server and the offline API use it. Immutable and safe to share between threads.
+
+    vocab_size: one more than the highest id. max_token_bytes: no id stands for more bytes of text, so a text of more
+    than n * max_token_bytes bytes needs more than n tokens (rule R23: refuse by bytes before encoding).
+    bos_id, eos_ids: from generation_config.json or config.json, else the tokenizer's own. special_ids: as decode skips.
+    chat_template: the template's source, None = the model has none. table: how ids become bytes.
+    """
+
+    vocab_size: int
+    max_token_bytes: int
+    bos_id: int | None
+    eos_ids: tuple[int, ...]
+    special_ids: frozenset[int]
+    chat_template: str | None
+    table: PieceTable
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Ids of a text. Raises RequestError for text that is not valid Unicode."""
+
+    def encode_batch(self, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
+        """encode of each, on all cores where that is allowed."""
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """Text of ids; ids the vocabulary does not have stand for nothing."""
+
+    def token_bytes(self, token: int) -> bytes:
+        """Bytes an id stands for; b"" for special and unknown ids."""
+
+    def render_chat(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:
+        """The messages as the model's chat template writes them. Raises RequestError when it cannot."""
