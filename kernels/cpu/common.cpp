@@ -1,0 +1,96 @@
+// Operations that need no particular instruction set: index checks, row gather and argmax.
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+#include "ops.hpp"
+
+namespace tessera {
+namespace {
+
+[[noreturn]] void refuse(const char* name, int64_t index, int64_t value, int64_t low, int64_t high) {
+  throw std::out_of_range(std::string(name) + "[" + std::to_string(index) + "]=" + std::to_string(value) +
+                          " is outside " + std::to_string(low) + ".." + std::to_string(high));
+}
+
+inline void within(const char* name, int64_t index, int64_t value, int64_t low, int64_t high) {
+  if (value < low || value > high) refuse(name, index, value, low, high);
+}
+
+int64_t id_at(const Embed& a, int row) {
+  return a.wide_ids ? static_cast<const int64_t*>(a.ids)[row] : static_cast<const int32_t*>(a.ids)[row];
+}
+
+}  // namespace
+
+void check(const RopeStore& a) {
+  const int positions = a.angles < a.kv.max_tokens ? a.angles : a.kv.max_tokens;
+  for (int t = 0; t < a.tokens; ++t) {
+    within("positions", t, a.positions[t], 0, positions - 1);
+    within("slots_of_token", t, a.slots[t], 0, a.kv.slots - 1);
+  }
+}
+
+void check(const Attention& a) {
+  within("q_starts", 0, a.q_starts[0], 0, 0);
+  within("q_starts", a.sequences, a.q_starts[a.sequences], a.tokens, a.tokens);
+  for (int b = 0; b < a.sequences; ++b) {
+    within("q_starts", b + 1, a.q_starts[b + 1], a.q_starts[b], a.tokens);
+    within("kv_lens", b, a.kv_lens[b], a.q_starts[b + 1] - a.q_starts[b], a.kv.max_tokens);
+    within("slots", b, a.slots[b], 0, a.kv.slots - 1);
+  }
+}
+
+void check(const Embed& a) {
+  for (int row = 0; row < a.rows; ++row) within("ids", row, id_at(a, row), 0, a.vocab - 1);
+}
+
+void embed(Pool& pool, const Embed& a) {
+  constexpr int kRows = 32;
+  pool.run(0, [&](Team& team) {
+    for (int64_t unit = team.next(); unit * kRows < a.rows; unit = team.next()) {
+      const int first = static_cast<int>(unit) * kRows;
+      for (int row = first; row < first + kRows && row < a.rows; ++row) {
+        std::memcpy(static_cast<char*>(a.out) + static_cast<size_t>(row) * a.row_bytes,
+                    static_cast<const char*>(a.table) + static_cast<size_t>(id_at(a, row)) * a.row_bytes,
+                    a.row_bytes);
+      }
+    }
+  });
+}
+
+namespace {
+
+// The lowest index of the largest value; a NaN counts as largest, as in torch.
+int64_t argmax_row(const float* x, int width) {
+  constexpr int kLanes = 32;
+  float best[kLanes];
+  for (int j = 0; j < kLanes; ++j) best[j] = -__builtin_inff();
+  int nan = 0, i = 0;
+  for (; i + kLanes <= width; i += kLanes) {
+    for (int j = 0; j < kLanes; ++j) {
+      best[j] = x[i + j] > best[j] ? x[i + j] : best[j];
+      nan |= x[i + j] != x[i + j];
+    }
+  }
+  float top = -__builtin_inff();
+  for (int j = 0; j < kLanes; ++j) top = best[j] > top ? best[j] : top;
+  for (; i < width; ++i) {
+    top = x[i] > top ? x[i] : top;
+    nan |= x[i] != x[i];
+  }
+  for (int k = 0; k < width; ++k)
+    if (nan ? x[k] != x[k] : x[k] == top) return k;
+  return 0;
+}
+
+}  // namespace
+
+void argmax(Pool& pool, const Argmax& a) {
+  pool.run(0, [&](Team& team) {
+    for (int64_t row = team.next(); row < a.rows; row = team.next())
+      a.out[row] = argmax_row(a.logits + row * a.stride, a.width);
+  });
+}
+
+}  // namespace tessera

@@ -1,0 +1,154 @@
+// What a kernel is told: plain structures of addresses, counts and strides, and the table an ISA fills.
+// It knows nothing of Python; strides are in elements unless the name says bytes.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+#include "pool.hpp"
+
+namespace tessera {
+
+constexpr int kPanelColumns = 32;  // output columns of one packed weight panel: two vectors
+constexpr int kKeyBlock = 64;      // keys of one softmax block, aligned at absolute positions
+constexpr int kKeySplit = 1024;    // keys of one partial result; combined in ascending order
+
+enum class Epilogue : int {
+  kStore = 0,     // out = acc (+ bias), in the element type
+  kFloat = 1,     // out = acc (+ bias), fp32
+  kResidual = 2,  // out = out + round(acc (+ bias)), in place
+  kSiluMul = 3,   // out = silu(gate) * up; panels hold 16 gate and 16 up columns
+};
+
+// y[M, N] = x[M, K] @ weight[N, K]^T from packed panels.
+struct Gemm {
+  const void* x = nullptr;
+  ptrdiff_t x_stride = 0;
+  int rows = 0;  // M
+  const void* panels = nullptr;
+  int columns = 0;  // N as stored in panels, without padding; for kSiluMul gate + up
+  int depth = 0;    // K, a multiple of the word
+  const float* bias = nullptr;  // [panels * 32], in panel order, or null
+  Epilogue epilogue = Epilogue::kStore;
+  void* out = nullptr;
+  ptrdiff_t out_stride = 0;
+};
+
+struct RmsNorm {
+  const void* x = nullptr;  // [N, C]; the addend when residual is given
+  void* residual = nullptr;  // [N, C] or null; updated in place
+  const void* weight = nullptr;
+  void* out = nullptr;
+  int rows = 0, width = 0;
+  float eps = 0;
+};
+
+struct KvView {
+  void* k = nullptr;
+  void* v = nullptr;
+  ptrdiff_t slot_stride = 0, token_stride = 0, head_stride = 0;
+  int slots = 0, max_tokens = 0;
+};
+
+struct RopeStore {
+  const void* qkv = nullptr;  // [N, (H + 2G) * D]
+  const float* cos_sin = nullptr;  // [P, 2, D / 2]
+  const int32_t* positions = nullptr;
+  const int32_t* slots = nullptr;
+  void* q = nullptr;  // [N, H, D]
+  KvView kv;
+  int tokens = 0, heads = 0, kv_heads = 0, head_dim = 0;
+  bool interleaved = false;
+  int angles = 0;  // P, the positions cos_sin covers
+};
+
+struct Attention {
+  const void* q = nullptr;  // [N, H, D]
+  void* out = nullptr;      // [N, H * D]
+  KvView kv;
+  const int32_t* slots = nullptr;
+  const int32_t* q_starts = nullptr;
+  const int32_t* kv_lens = nullptr;
+  int sequences = 0, heads = 0, kv_heads = 0, head_dim = 0;
+  float scale = 0;
+  int window = 0;  // keys a query sees, itself included; 0 = all
+  int tokens = 0;  // N
+};
+
+struct AttentionUnit {
+  int sequence, token0, tokens, head0, heads, split0, splits, partial;  // partial < 0: whole result
+};
+
+struct SiluMul {
+  const void* x = nullptr;  // [N, 2F]
+  void* out = nullptr;      // [N, F]
+  int rows = 0, width = 0;  // F
+};
+
+struct Embed {
+  const void* table = nullptr;  // [V, C]
+  const void* ids = nullptr;
+  void* out = nullptr;
+  int rows = 0;
+  size_t row_bytes = 0;
+  bool wide_ids = false;  // int64 rather than int32
+  int64_t vocab = 0;
+};
+
+struct Argmax {
+  const float* logits = nullptr;
+  ptrdiff_t stride = 0;
+  int64_t* out = nullptr;
+  int rows = 0, width = 0;
+};
+
+// The fixed part of one decoder layer; `run_layer` adds the step's part.
+struct Layer {
+  const void* input_norm = nullptr;
+  const void* post_norm = nullptr;
+  Gemm qkv, attn_out, gate_up, down;
+  const float* cos_sin = nullptr;
+  KvView kv;
+  int heads = 0, kv_heads = 0, head_dim = 0, width = 0, ffn = 0;
+  float eps = 0, scale = 0;
+  int window = 0;
+  bool interleaved = false;
+  int angles = 0;
+};
+
+struct Step {
+  void* residual = nullptr;  // [N, C], updated in place
+  int tokens = 0;
+  const int32_t* positions = nullptr;
+  const int32_t* token_slots = nullptr;
+  const int32_t* slots = nullptr;
+  const int32_t* q_starts = nullptr;
+  const int32_t* kv_lens = nullptr;
+  int sequences = 0;
+};
+
+// One element type on one ISA.
+struct Kernels {
+  const char* isa;
+  size_t element_bytes;
+  void (*pack)(const void* weight, ptrdiff_t row_stride, int n, int k, bool gate_up, void* panels);
+  void (*gemm)(Pool&, const Gemm&);
+  void (*rmsnorm)(Pool&, const RmsNorm&);
+  void (*rope_store)(Pool&, const RopeStore&);
+  void (*attention)(Pool&, const Attention&);
+  void (*silu_mul)(Pool&, const SiluMul&);
+  void (*layer)(Pool&, const Layer&, const Step&);
+};
+
+const Kernels* bf16_avx512();  // null when this CPU or compiler lacks the instructions
+const Kernels* f32_avx512();
+const Kernels* f32_generic();
+
+// Indices are checked before a kernel follows them; each throws std::out_of_range with value and range.
+void check(const RopeStore&);
+void check(const Attention&);
+void check(const Embed&);
+
+void embed(Pool&, const Embed&);
+void argmax(Pool&, const Argmax&);
+
+}  // namespace tessera

@@ -1,0 +1,151 @@
+// The thread team: wake-up, barriers, scratch. See pool.hpp.
+#include "pool.hpp"
+
+#include <sched.h>
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cstdlib>
+#include <new>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace tessera {
+namespace {
+
+inline void relax() {
+#if defined(__x86_64__)
+  _mm_pause();
+#else
+  std::atomic_signal_fence(std::memory_order_seq_cst);
+#endif
+}
+
+// Spins about `spins` pauses on `done`, then gives the core away between looks: the awaited thread may need it.
+template <class Done>
+void await(int spins, const Done& done) {
+  for (int i = 0; i < spins; ++i) {
+    if (done()) return;
+    relax();
+  }
+  while (!done()) sched_yield();
+}
+
+constexpr int kBarrierSpins = 20000;
+constexpr auto kIdleSpin = std::chrono::microseconds(150);
+constexpr size_t kHugePage = size_t{2} << 20;
+
+std::mutex g_pool_mutex;
+std::shared_ptr<Pool> g_pool;
+
+}  // namespace
+
+Arena::~Arena() { std::free(data_); }
+
+char* Arena::ensure(size_t nbytes) {
+  if (nbytes <= nbytes_) return data_;
+  const size_t rounded = (nbytes + 4095) / 4096 * 4096;
+  const size_t alignment = rounded >= kHugePage ? kHugePage : 4096;
+  const size_t total = (rounded + alignment - 1) / alignment * alignment;
+  char* fresh = static_cast<char*>(std::aligned_alloc(alignment, total));
+  if (fresh == nullptr) throw std::bad_alloc();
+  if (alignment == kHugePage) madvise(fresh, total, MADV_HUGEPAGE);
+  std::free(data_);
+  data_ = fresh;
+  nbytes_ = total;
+  return data_;
+}
+
+int64_t Team::next() { return pool_.counters_[phase_].value.fetch_add(1, std::memory_order_relaxed); }
+
+char* Team::scratch() { return pool_.scratch_[member]->data(); }
+
+void Team::barrier() {
+  ++phase_;
+  if (members == 1) return;
+  const uint64_t round = pool_.barrier_round_.load(std::memory_order_acquire);
+  if (pool_.arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == members) {
+    pool_.arrived_.store(0, std::memory_order_relaxed);
+    pool_.barrier_round_.store(round + 1, std::memory_order_release);
+    return;
+  }
+  await(kBarrierSpins, [&] { return pool_.barrier_round_.load(std::memory_order_acquire) != round; });
+}
+
+Pool::Pool(int threads) {
+  for (int i = 0; i < threads; ++i) scratch_.push_back(std::make_unique<Arena>());
+  for (int i = 1; i < threads; ++i) workers_.emplace_back([this, i, threads] { worker(i, threads); });
+}
+
+Pool::~Pool() {
+  stop_.store(true);
+  {
+    std::lock_guard<std::mutex> lock(sleep_mutex_);
+    generation_.fetch_add(1);
+  }
+  wake_.notify_all();
+  for (std::thread& thread : workers_) thread.join();
+}
+
+void Pool::run_locked(size_t scratch_bytes, Entry entry, const void* ctx) {
+  for (auto& arena : scratch_) arena->ensure(scratch_bytes);
+  for (auto& counter : counters_) counter.value.store(0, std::memory_order_relaxed);
+  const int workers = static_cast<int>(workers_.size());
+  if (workers > 0) {
+    entry_ = entry;
+    ctx_ = ctx;
+    finished_.store(0, std::memory_order_relaxed);
+    generation_.fetch_add(1);  // seq_cst: pairs with sleepers_ in worker()
+    if (sleepers_.load() > 0) {
+      { std::lock_guard<std::mutex> lock(sleep_mutex_); }
+      wake_.notify_all();
+    }
+  }
+  Team team(*this, 0, workers + 1);
+  entry(ctx, team);
+  if (workers > 0) {
+    await(kBarrierSpins, [&] { return finished_.load(std::memory_order_acquire) == workers; });
+  }
+}
+
+void Pool::worker(int member, int members) {
+  uint64_t seen = 0;
+  while (true) {
+    const auto deadline = std::chrono::steady_clock::now() + kIdleSpin;
+    for (int i = 0; generation_.load() == seen; ++i) {
+      relax();
+      if (i % 64 != 63 || std::chrono::steady_clock::now() < deadline) continue;
+      std::unique_lock<std::mutex> lock(sleep_mutex_);
+      sleepers_.fetch_add(1);
+      wake_.wait(lock, [&] { return generation_.load() != seen; });
+      sleepers_.fetch_sub(1);
+    }
+    ++seen;
+    if (stop_.load()) return;
+    Team team(*this, member, members);
+    entry_(ctx_, team);
+    finished_.fetch_add(1, std::memory_order_release);
+  }
+}
+
+std::shared_ptr<Pool> current_pool() {
+  std::lock_guard<std::mutex> lock(g_pool_mutex);
+  if (!g_pool) {
+    cpu_set_t cpus;
+    CPU_ZERO(&cpus);
+    const bool known = sched_getaffinity(0, sizeof(cpus), &cpus) == 0;
+    g_pool = std::make_shared<Pool>(std::max(1, known ? CPU_COUNT(&cpus) : 1));
+  }
+  return g_pool;
+}
+
+void set_threads(int threads) {
+  std::lock_guard<std::mutex> lock(g_pool_mutex);
+  if (g_pool && g_pool->threads() == threads) return;
+  g_pool = std::make_shared<Pool>(threads);  // a region in flight keeps the old pool until it returns
+}
+
+}  // namespace tessera
