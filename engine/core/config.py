@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 from engine.core.errors import ConfigError
 from engine.core.knobs import GIB, MIB, field_problems, knob, near, parse_value, settings, value_problem
 
-DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 DEFAULT_CHUNK_TOKENS = 512
 DEFAULT_CPU_POOL_BYTES = 4 * GIB  # without --kv-pool-bytes a CPU takes no more than this
 LINUX_PAGE_BYTES = 4096
@@ -104,7 +104,7 @@ class EngineConfig:
         aliases=("max-num-batched-tokens", "sarathi-scheduler-chunk-size", "simple-chunking-scheduler-chunk-size",
                  "vllm-scheduler-max-tokens-in-batch"),
         default_text="512; policy vllm: --max-model-len",
-        help="token budget of a step (sarathi, simple_chunking) or of a prompt batch (vllm)")
+        help="token budget of a step (sarathi, simple_chunking) or of a batch of prompts (vllm)")
     admission: str = knob(
         "exact", choices=("exact", "upstream"), group="scheduler",
         help="when a sequence may grow: exact = a page is free if it needs one; upstream = as published")
@@ -165,7 +165,7 @@ class ServerConfig:
         help="what clients call the model; several: separate with commas")
     api_key: str | None = knob(
         None, group="access", default_text="none: every route is open",
-        help="bearer key of every route but /health, /ready, /metrics and / (argv is visible to others: see next)")
+        help="bearer key of every route but /health, /ready, /metrics and / (others see argv: prefer a file)")
     api_key_file: str | None = knob(
         None, group="access", default_text="none", help="file with keys, one a line, only its owner may read")
     admin_key: str | None = knob(

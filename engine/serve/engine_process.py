@@ -267,7 +267,7 @@ def main(build: Build = build_real, warm_up: Callable[[], Any] | None = None) ->
 
 
 def _import_engine() -> None:
-    """Import torch and the rest while the server resolves the model. What fails here fails again later, and says why."""
+    """Import torch and the rest while the server resolves the model; what fails here fails again below."""
     try:
         import engine.build  # noqa: F401
     except ImportError:

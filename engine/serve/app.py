@@ -1,0 +1,331 @@
+"""The routes. Each is a few lines: read, parse, generate, answer; the work is in the modules they name.
+
+The application knows neither processes nor sockets; `services` brings what it needs. No documentation routes, no files,
+no CORS: a browser page of another origin cannot use this server (reliability rules R29, R30).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import msgspec
+from fastapi import FastAPI, Request, Response
+from starlette.exceptions import HTTPException
+
+import engine
+from engine.core.clock import wall_s
+from engine.serve import schema
+from engine.serve.body import read_json
+from engine.serve.errors import ApiError
+from engine.serve.generation import ClientGone, Generation, Tools
+from engine.serve.guard import Guard, Receive, Send
+from engine.serve.openai_json import Shape, error_event
+from engine.serve.services import Services
+from engine.serve.text_pool import TextPool
+
+MAX_TOKENIZE_TOKENS = 1 << 20
+
+
+def json_response(value: Any, status: int = 200) -> Response:
+    """A JSON response."""
+    return Response(msgspec.json.encode(value), status, media_type="application/json")
+
+
+class _Model:
+    """What is there once the engine is ready; asking earlier is a 503."""
+
+    def __init__(self, services: Services) -> None:
+        if services.state not in ("ready", "stalled") or services.tools is None:
+            raise ApiError(503, f"the engine is not ready ({services.state}); try again a little later",
+                           code="not_ready")  # fmt: skip
+        assert services.limits is not None and services.text is not None
+        self.limits: schema.Limits = services.limits
+        self.tools: Tools = services.tools
+        self.text: TextPool = services.text
+
+
+async def _encode_all(model: _Model, ask: schema.Ask) -> list[list[int]]:
+    """Every prompt as ids, within the context."""
+    length = model.limits.max_model_len
+    if ask.messages is not None:
+        if not model.text.facts.has_template:
+            raise ApiError(400, "this model has no chat template; use /v1/completions", "messages")
+        return [await model.text.render(ask.messages, max_tokens=length)]
+    prompts = []
+    for prompt in ask.prompts:
+        if isinstance(prompt, str):
+            prompt = await model.text.encode(prompt, add_special_tokens=True, max_tokens=length)
+        prompts.append(prompt)
+    return prompts
+
+
+def _output_limits(ask: schema.Ask, prompts: list[list[int]], limits: schema.Limits) -> list[int]:
+    """Output tokens of each prompt: what was asked for if it fits (else 400), or what is left of the context."""
+    param = "messages" if ask.chat else "prompt"
+    allowed = []
+    for prompt in prompts:
+        left = limits.max_model_len - len(prompt)
+        if not prompt:
+            raise ApiError(400, f"{param} has no tokens; at least one is needed", param, "invalid_value")
+        if left < 1:
+            raise ApiError(400, f"{param} has {len(prompt)} tokens and the model's context is {limits.max_model_len}, "
+                                "so no token can follow", param, "context_length_exceeded")  # fmt: skip
+        wanted = ask.params.max_tokens
+        if wanted is not None and wanted > left and ask.max_tokens_given:
+            raise ApiError(400, f"max_tokens={wanted} and {len(prompt)} prompt tokens exceed the model's context of "
+                                f"{limits.max_model_len} tokens; at most {left} can follow", "max_tokens",
+                           "context_length_exceeded")  # fmt: skip
+        allowed.append(min(wanted or left, left))
+    if ask.params.min_tokens > min(allowed):
+        raise ApiError(400, f"min_tokens={ask.params.min_tokens} is above the {min(allowed)} tokens that can follow",
+                       "min_tokens", "invalid_value")  # fmt: skip
+    return allowed
+
+
+async def _generate(request: Request, services: Services, parse: Callable[..., schema.Ask]) -> Response:
+    """Both generating routes."""
+    body = await read_json(request, services)
+    model = _Model(services)
+    ask = parse(body, model.limits)
+    samples = ask.params.n * max(1, len(ask.prompts))
+    if services.reserved_samples + samples > services.config.max_waiting:
+        raise ApiError(503, f"{services.reserved_samples} samples are here and at most {services.config.max_waiting} "
+                            "may be; try again a little later", code="overloaded")  # fmt: skip
+    seat = _Seat(services, samples)
+    try:
+        prompts = await _encode_all(model, ask)
+        limits = _output_limits(ask, prompts, model.limits)
+        generation = Generation(model.tools, prompts, ask.params, max_tokens=limits, priority=ask.priority)
+        shape = Shape(ask.chat, generation.name, int(wall_s()), ask.model, ask.include_usage)
+        running = _Running(generation, seat, request)
+        try:
+            generation.start()
+            await generation.accepted()
+            if ask.stream:
+                seat.handed_over = True
+                return EventStream(running, shape, samples, services.config.stall_abort_s)
+            return await _whole(generation, shape, samples)
+        except BaseException:
+            running.close()
+            raise
+        finally:
+            if not ask.stream:
+                running.close()
+    finally:
+        if not seat.handed_over:
+            seat.leave()
+
+
+class _Seat:
+    """Counts a request in `services` until it has ended, however it ends."""
+
+    def __init__(self, services: Services, samples: int) -> None:
+        self._services = services
+        self._samples = samples
+        self.handed_over = False
+        services.generating += 1
+        services.reserved_samples += samples
+
+    def leave(self) -> None:
+        """Idempotent."""
+        self._services.generating -= bool(self._samples)
+        self._services.reserved_samples -= self._samples
+        self._samples = 0
+
+
+class _Running:
+    """A generation and the watch for its client's leaving; closing it ends both."""
+
+    def __init__(self, generation: Generation, seat: _Seat, request: Request) -> None:
+        self.generation = generation
+        self.seat = seat
+        self._watch = asyncio.get_running_loop().create_task(self._wait_for_leaving(request.receive))
+
+    async def _wait_for_leaving(self, receive: Receive) -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        self.generation.mailbox.leave()
+
+    def close(self, outcome: str = "abort") -> None:
+        """Idempotent."""
+        self._watch.cancel()
+        self.generation.close(outcome)
+
+
+async def _whole(generation: Generation, shape: Shape, samples: int) -> Response:
+    """Wait for every sample and answer at once."""
+    texts = [""] * samples
+    reasons = ["stop"] * samples
+    parts: list[list[str]] = [[] for _ in range(samples)]
+    while not generation.done:
+        for delta in await generation.next():
+            parts[delta.index].append(delta.text)
+            reasons[delta.index] = delta.finish_reason or reasons[delta.index]
+    texts = ["".join(part) for part in parts]
+    body = shape.whole(list(zip(texts, reasons, strict=True)), generation.usage())
+    return Response(body, media_type="application/json")
+
+
+class EventStream(Response):
+    """A streamed answer: server-sent events, one write a step, each awaited: a slow reader slows only itself."""
+
+    def __init__(self, running: _Running, shape: Shape, samples: int, stall_s: float) -> None:
+        super().__init__()
+        self._running = running
+        self._shape = shape
+        self._samples = samples
+        self._stall_s = stall_s
+
+    async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
+        """Write until done, or until the client leaves, stalls, or the engine fails."""
+        generation, shape = self._running.generation, self._shape
+        headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache"),
+                   (b"x-accel-buffering", b"no")]  # fmt: skip
+        outcome = "abort"
+
+        async def write(data: bytes, more: bool = True) -> None:
+            try:
+                async with asyncio.timeout(self._stall_s):
+                    await send({"type": "http.response.body", "body": data, "more_body": more})
+            except TimeoutError:
+                scope.get("tessera.drop", lambda: None)()
+                raise ClientGone from None
+
+        try:
+            await send({"type": "http.response.start", "status": 200, "headers": headers})
+            if opening := shape.opening(self._samples):
+                await write(opening)
+            while not generation.done:
+                if frames := b"".join(shape.delta(delta) for delta in await generation.next()):
+                    await write(frames)
+            await write(shape.closing(generation.usage()), more=False)
+        except ApiError as error:
+            outcome = "error"
+            await write(error_event(error), more=False)
+        except ClientGone:
+            pass
+        except Exception:
+            outcome = "error"
+            await write(error_event(ApiError(500, "the server failed on this request; it was counted")), more=False)
+            raise
+        finally:
+            self._running.close(outcome)
+            self._running.seat.leave()
+
+
+def _add_generation(app: FastAPI, services: Services) -> None:
+    @app.post("/v1/completions")
+    async def completions(request: Request) -> Response:
+        return await _generate(request, services, schema.parse_completion)
+
+    @app.post("/v1/chat/completions")
+    async def chat_completions(request: Request) -> Response:
+        return await _generate(request, services, schema.parse_chat)
+
+
+def _add_models(app: FastAPI, services: Services) -> None:
+    def card(name: str, model: _Model) -> dict[str, Any]:
+        return {"id": name, "object": "model", "created": services.created_s, "owned_by": "tessera",
+                "max_model_len": model.limits.max_model_len}  # fmt: skip
+
+    @app.get("/v1/models")
+    async def models() -> Response:
+        model = _Model(services)
+        return json_response({"object": "list", "data": [card(name, model) for name in model.limits.model_names]})
+
+    @app.get("/v1/models/{name:path}")
+    async def one_model(name: str) -> Response:
+        model = _Model(services)
+        return json_response(card(schema.take_model({"model": name}, model.limits), model))
+
+
+def _add_text(app: FastAPI, services: Services) -> None:
+    @app.post("/tokenize")
+    async def tokenize(request: Request) -> Response:
+        fields = await read_json(request, services)
+        model = _Model(services)
+        schema.take_model(fields, model.limits)
+        length = model.limits.max_model_len
+        special = fields.pop("add_special_tokens", True)
+        prompt, messages = fields.pop("prompt", None), fields.pop("messages", None)
+        if fields or not isinstance(special, bool) or (prompt is None) == (messages is None):
+            raise ApiError(400, "the fields are model, add_special_tokens (a boolean) and one of prompt and messages",
+                           next(iter(fields), "prompt"))  # fmt: skip
+        if messages is not None:
+            tokens = await model.text.render(schema.take_messages(messages), max_tokens=length)
+        elif isinstance(prompt, str):
+            tokens = await model.text.encode(prompt, add_special_tokens=special, max_tokens=length)
+        else:
+            raise ApiError(400, "prompt must be one text", "prompt", "invalid_value")
+        return json_response({"count": len(tokens), "max_model_len": length, "tokens": tokens})
+
+    @app.post("/detokenize")
+    async def detokenize(request: Request) -> Response:
+        fields = await read_json(request, services)
+        model = _Model(services)
+        schema.take_model(fields, model.limits)
+        tokens = fields.pop("tokens", None)
+        if fields or not isinstance(tokens, list):
+            raise ApiError(400, "the fields are model and tokens, a list of token ids", next(iter(fields), "tokens"))
+        return json_response({"prompt": await model.text.decode(schema.take_ids(tokens, model.limits, "tokens"))})
+
+
+def _add_operations(app: FastAPI, services: Services, drain: Callable[[], None]) -> None:
+    @app.get("/health")
+    async def health() -> Response:
+        """Alive: the engine answers. Not a promise to take requests; /ready is."""
+        state = services.state
+        return json_response({"status": "ok" if state == "ready" else state}, 200 if state == "ready" else 503)
+
+    @app.get("/ready")
+    async def ready() -> Response:
+        state = "draining" if services.draining else services.state
+        return json_response({"status": state}, 200 if state == "ready" else 503)
+
+    @app.get("/version")
+    async def version() -> Response:
+        return json_response({"version": engine.__version__})
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        services.metrics.loop_lag_s.set(services.loop_lag_s)
+        return Response(services.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    if services.admin_keys:
+
+        @app.post("/admin/drain")
+        async def admin_drain() -> Response:
+            drain()
+            return json_response({"status": "draining"})
+
+
+def build_app(services: Services, drain: Callable[[], None] = lambda: None) -> Guard:
+    """The whole application, guarded. drain: what SIGTERM does, for the admin route."""
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
+    _add_generation(app, services)
+    _add_models(app, services)
+    _add_text(app, services)
+    _add_operations(app, services, drain)
+
+    async def api_error(request: Request, error: Exception) -> Response:
+        raise error  # the guard answers it, outside of every layer that might say it differently
+
+    async def http_error(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        path = request.url.path[:80]
+        if error.status_code == 404:
+            raise ApiError(404, f"there is no route {path}")
+        if error.status_code == 405:
+            allowed = (error.headers or {}).get("Allow", "")
+            raise ApiError(405, f"{request.method[:20]} is not allowed on {path}; allowed: {allowed}",
+                           headers=((b"allow", allowed.encode()),))  # fmt: skip
+        raise ApiError(error.status_code, "the request was refused")
+
+    handlers: dict[type[Exception], Callable[[Request, Exception], Awaitable[Response]]] = {
+        HTTPException: http_error, ApiError: api_error,
+    }  # fmt: skip
+    for kind, handler in handlers.items():
+        app.add_exception_handler(kind, handler)
+    return Guard(app, services)

@@ -1,0 +1,209 @@
+"""One HTTP request's samples, from token ids to pieces of text: n per prompt, stop strings, usage, abort.
+
+It does not know HTTP or JSON, and nothing of the engine but its client. Whoever uses a Generation closes it: what has
+not ended then is aborted in the engine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from engine.core.clock import Clock
+from engine.core.request import MAX_SEED, SamplingParams
+from engine.serve import wire
+from engine.serve.engine_client import EngineClient
+from engine.serve.errors import ApiError
+from engine.serve.mailbox import Mailbox, Piece
+from engine.serve.metrics import Metrics
+
+if TYPE_CHECKING:
+    from engine.tokenization import Detokenizer
+
+
+class ClientGone(Exception):
+    """The client has left; there is nobody to answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class TextDelta:
+    """New text of one choice and, at the end, why it ended ("stop" | "length")."""
+
+    index: int
+    text: str
+    finish_reason: str | None
+
+
+@dataclass(slots=True)
+class _Sample:
+    """A choice being generated."""
+
+    request_id: str
+    detokenizer: Detokenizer
+    num_tokens: int = 0
+    last_s: float = 0.0
+    finish_reason: str | None = None
+
+
+class SeedSource:
+    """Seeds for requests that bring none: the n-th such sample always gets the same, for one --seed."""
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+        self._count = itertools.count()
+
+    def next(self) -> int:
+        """A 64-bit seed."""
+        name = f"{self._seed}:{next(self._count)}".encode()
+        return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little")
+
+
+@dataclass(frozen=True, slots=True)
+class Tools:
+    """What a generation needs of the server."""
+
+    engine: EngineClient
+    tokenizer: Any
+    eos_ids: tuple[int, ...]
+    clock: Clock
+    metrics: Metrics
+    seeds: SeedSource
+
+
+class Generation:
+    """Samples prompt-major: choice index = prompt index * n + sample index."""
+
+    def __init__(self, tools: Tools, prompts: Sequence[list[int]], params: SamplingParams, *, max_tokens: Sequence[int],
+                 priority: int) -> None:
+        """max_tokens: output tokens of each prompt, already within the context. params.max_tokens is not used."""
+        from engine.tokenization import Detokenizer
+
+        self.name = secrets.token_hex(12)
+        self.mailbox = Mailbox(len(prompts) * params.n)
+        self.prompt_tokens = sum(map(len, prompts))
+        self._tools = tools
+        self._accepted_s = tools.clock.now_s()
+        self._open = 0
+        self._samples = [
+            _Sample(f"{self.name}-{i}",
+                    Detokenizer(tools.tokenizer, stop=params.stop, min_tokens=params.min_tokens))
+            for i in range(len(prompts) * params.n)
+        ]
+        self._adds = [
+            self._add(sample.request_id, prompts[i // params.n], params, i % params.n, max_tokens[i // params.n],
+                      priority)
+            for i, sample in enumerate(self._samples)
+        ]
+
+    def start(self) -> None:
+        """Send every sample to the engine."""
+        self._tools.engine.add(self._adds, self.mailbox)
+        self._open = len(self._samples)
+        self._adds = []
+        self._tools.metrics.prompt_tokens.inc(self.prompt_tokens)
+
+    async def accepted(self) -> None:
+        """Wait until the engine took all of it, so that a refusal can still become a 400. Raises as next() does."""
+        await self.mailbox.accepted()
+        if self.mailbox.gone:
+            raise ClientGone
+        self.raise_refusal(self.mailbox.peek())
+
+    async def next(self) -> list[TextDelta]:
+        """Wait for text. Empty lists are possible (half a character came). Call while not done.
+
+        Raises ApiError when the engine ended a sample with an error, ClientGone when the client left.
+        """
+        pieces = await self.mailbox.take()
+        if self.mailbox.gone:
+            raise ClientGone
+        self.raise_refusal(pieces)
+        now_s = self._tools.clock.now_s()
+        deltas = []
+        for index, piece in pieces.items():
+            delta = self._feed(index, piece, now_s)
+            if delta is not None:
+                deltas.append(delta)
+        return deltas
+
+    @property
+    def done(self) -> bool:
+        """Whether every sample has ended."""
+        return self._open == 0
+
+    @property
+    def completion_tokens(self) -> int:
+        """Tokens generated so far, over all samples; those behind a stop string are not counted."""
+        return sum(sample.num_tokens for sample in self._samples)
+
+    def usage(self) -> dict[str, int]:
+        """OpenAI's usage object."""
+        done = self.completion_tokens
+        return {"prompt_tokens": self.prompt_tokens, "completion_tokens": done,
+                "total_tokens": self.prompt_tokens + done}  # fmt: skip
+
+    def close(self, outcome: str = "abort") -> None:
+        """Abort what has not ended, and count it. Idempotent."""
+        unfinished = [sample for sample in self._samples if sample.finish_reason is None]
+        for sample in unfinished:
+            sample.finish_reason = outcome
+        if unfinished and self._open:
+            self._tools.engine.abort([sample.request_id for sample in unfinished])
+            self._tools.metrics.requests.labels(outcome).inc(len(unfinished))
+        self._open = 0
+
+    @staticmethod
+    def raise_refusal(pieces: dict[int, Piece]) -> None:
+        """ApiError for the first sample that ended with an error: the whole answer has failed."""
+        for piece in pieces.values():
+            if piece.error is not None:
+                raise ApiError(piece.status if piece.status in (400, 503) else 500, piece.error, piece.param)
+
+    def _add(self, request_id: str, prompt: list[int], params: SamplingParams, sample: int, max_tokens: int,
+             priority: int) -> wire.Add:
+        seed = self._tools.seeds.next() if params.seed is None else (params.seed + sample) & MAX_SEED
+        sampling = wire.Sampling(
+            max_tokens=max_tokens, temperature=float(params.temperature), top_k=params.top_k,
+            top_p=float(params.top_p), min_p=float(params.min_p), seed=seed,
+            min_tokens=min(params.min_tokens, max_tokens), ignore_eos=params.ignore_eos,
+            stop_token_ids=list(params.stop_token_ids))  # fmt: skip
+        eos = () if params.ignore_eos else self._tools.eos_ids
+        stop_ids = sorted({*eos, *params.stop_token_ids})
+        return wire.Add(request_id, prompt, sampling, stop_ids, priority, self._accepted_s)
+
+    def _feed(self, index: int, piece: Piece, now_s: float) -> TextDelta | None:
+        """Tokens of one sample to text; notices stop strings."""
+        sample = self._samples[index]
+        if sample.finish_reason is not None:
+            return None
+        delta = sample.detokenizer.push(piece.tokens)
+        text, kept = delta.text, delta.num_tokens_kept if delta.stopped else len(piece.tokens)
+        self._measure(sample, kept, now_s)
+        if delta.stopped:
+            self._tools.engine.abort([sample.request_id])
+            sample.finish_reason = "stop"
+        elif piece.finish_reason is not None:
+            text += sample.detokenizer.finish().text
+            sample.finish_reason = piece.finish_reason
+        if sample.finish_reason is not None:
+            self._open -= 1
+            self._tools.metrics.requests.labels(sample.finish_reason).inc()
+            self._tools.metrics.e2e_s.observe(now_s - self._accepted_s)
+        return TextDelta(index, text, sample.finish_reason) if text or sample.finish_reason else None
+
+    def _measure(self, sample: _Sample, tokens: int, now_s: float) -> None:
+        if tokens == 0:
+            return
+        metrics = self._tools.metrics
+        metrics.output_tokens.inc(tokens)
+        if sample.num_tokens == 0:
+            metrics.ttft_s.observe(now_s - self._accepted_s)
+        else:
+            for _ in range(min(tokens, 64)):
+                metrics.between_s.observe((now_s - sample.last_s) / tokens)
+        sample.num_tokens += tokens
+        sample.last_s = now_s

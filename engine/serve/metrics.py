@@ -1,0 +1,71 @@
+"""What /metrics shows. Counts and times only: no prompt, id, key or client address ever becomes a label.
+
+Definitions: ttft = first token handed to the stream writer - request accepted by the server; time between tokens =
+time between two deliveries of a sample, divided by the tokens of the second; queue time = first scheduled - accepted
+(the engine measures it); e2e = last token - accepted. Times in seconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+SHORT_S = (0.001, 0.0025, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
+LONG_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0)
+
+# What the engine's stats are called here: stats key -> (metric, help). Keys that are absent stay at zero.
+GAUGES = {
+    "running": ("tessera_requests_running", "samples in the running batch"),
+    "waiting": ("tessera_requests_waiting", "samples that wait for a slot or for memory"),
+    "kv_pages_used": ("tessera_kv_pages_used", "physical pages that hold tokens of live samples"),
+    "kv_pages_mapped": ("tessera_kv_pages_mapped", "physical pages mapped: used, kept and mapped ahead"),
+    "kv_pages_total": ("tessera_kv_pages_total", "physical pages of the pool"),
+    "kv_mapped_bytes": ("tessera_kv_mapped_bytes", "bytes mapped"),
+    "slots_used": ("tessera_slots_used", "slots of virtual memory in use"),
+}
+COUNTERS = {
+    "preemptions": ("tessera_preemptions", "samples that lost their memory and were recomputed"),
+    "steps": ("tessera_engine_steps", "steps run"),
+    "step_errors": ("tessera_engine_step_errors", "steps or calls of the engine that raised"),
+}
+
+
+class Metrics:
+    """The registry of one server. Everything is made here, so that two servers in a process do not meet."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        own: dict[str, Any] = {"registry": self.registry}
+        self.ttft_s = Histogram("tessera_ttft_seconds", "request accepted to first token", buckets=LONG_S, **own)
+        self.between_s = Histogram("tessera_time_between_tokens_seconds", "token to token", buckets=SHORT_S, **own)
+        self.queue_s = Histogram("tessera_queue_time_seconds", "accepted to first scheduled", buckets=LONG_S, **own)
+        self.e2e_s = Histogram("tessera_e2e_seconds", "request accepted to last token", buckets=LONG_S, **own)
+        self.requests = Counter("tessera_requests", "samples by how they ended", ["outcome"], **own)
+        self.responses = Counter("tessera_http_responses", "responses by status", ["status"], **own)
+        self.prompt_tokens = Counter("tessera_prompt_tokens", "prompt tokens accepted", **own)
+        self.output_tokens = Counter("tessera_output_tokens", "tokens delivered", **own)
+        self.failures = Counter("tessera_request_failures", "faults of ours that ended one request", **own)
+        self.text_restarts = Counter("tessera_text_worker_restarts", "text workers killed and replaced", **own)
+        self.loop_lag_s = Gauge("tessera_event_loop_lag_seconds", "worst delay of the event loop, last second", **own)
+        self._gauges = {key: Gauge(name, text, **own) for key, (name, text) in GAUGES.items()}
+        self._counters = {key: Counter(name, text, **own) for key, (name, text) in COUNTERS.items()}
+        self._counted: dict[str, float] = dict.fromkeys(COUNTERS, 0.0)
+        for outcome in ("stop", "length", "abort", "error"):
+            self.requests.labels(outcome)
+
+    def take_stats(self, values: Mapping[str, float]) -> None:
+        """Take over what the engine reported: gauges as they are, counters by their increase."""
+        for key, gauge in self._gauges.items():
+            if key in values:
+                gauge.set(values[key])
+        for key, counter in self._counters.items():
+            grown = values.get(key, 0.0) - self._counted[key]
+            if grown > 0:
+                counter.inc(grown)
+                self._counted[key] += grown
+
+    def text(self) -> bytes:
+        """The exposition, Prometheus text format."""
+        return generate_latest(self.registry)
