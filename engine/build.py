@@ -16,8 +16,9 @@ import torch
 from engine.attention.base import backends, choose_backend
 from engine.core.config import EngineConfig, resolve_auto, resolve_pool_groups
 from engine.core.errors import ConfigError
-from engine.core.ledger import KvLedger
+from engine.core.ledger import ADMISSION_RULES, KvLedger
 from engine.core.loop import EngineLoop
+from engine.core.policies import ChunkSchedule, make_policy
 from engine.core.request import SamplingParams
 from engine.core.scheduler import Scheduler
 from engine.exec.local import LocalExecutor
@@ -132,6 +133,16 @@ def build_runner(
     return Runner(model, store, Sampler(spec.vocab))
 
 
+def set_threads(threads: int) -> None:
+    """Threads of a step, for PyTorch's operations and ours."""
+    torch.set_num_threads(threads)
+    try:
+        from tessera_kernels import native
+    except ImportError:
+        return
+    native.set_threads(threads)
+
+
 def fastest_kernels(dtype: torch.dtype) -> str:
     """`cpu` where the C++ kernels were built and this CPU runs them in this dtype, else `torch`."""
     try:
@@ -161,9 +172,30 @@ def resolve(config: EngineConfig) -> tuple[EngineConfig, ModelSpec, int]:
     return resolved, spec, pool_groups
 
 
+def chunk_schedule(config: EngineConfig) -> ChunkSchedule | None:
+    """The dynamic chunking schedule of a resolved configuration, if it has one."""
+    if not config.dynamic_chunking:
+        return None
+    low, high = config.low_chunk_tokens, config.high_chunk_tokens
+    over, stages = config.chunk_schedule_max_tokens, config.chunk_schedule_stages
+    assert low and high and over and stages
+    return ChunkSchedule(low, high, over, stages, config.chunk_schedule_budget)
+
+
 def build_engine(config: EngineConfig, *, kernels: str = "auto", progress: Progress | None = None) -> EngineLoop:
     """An engine in this process, ready to step. Raises ConfigError (LoadError) with value, range and fix."""
     resolved, spec, pool_groups = resolve(config)
-    torch.set_num_threads(resolved.threads or 1)
+    set_threads(resolved.threads or 1)
     runner = build_runner(spec, resolved, pool_groups, kernels=kernels, progress=progress)
-    return EngineLoop(scheduler, LocalExecutor(runner))
+    geometry = runner.store.geometry
+    ledger = KvLedger(pool_groups, geometry.groups_for, ADMISSION_RULES[resolved.admission])
+    policy = make_policy(
+        resolved.scheduler,
+        max_model_len=geometry.max_tokens,
+        chunk_tokens=None if resolved.dynamic_chunking else resolved.chunk_tokens,
+        schedule=chunk_schedule(resolved),
+    )
+    scheduler = Scheduler(
+        policy, ledger, max_num_seqs=resolved.max_num_seqs, max_model_len=geometry.max_tokens, depth=1
+    )
+    return EngineLoop(scheduler, LocalExecutor(runner), executor_stats=runner.store.stats)

@@ -9,9 +9,13 @@ from engine.core.plan import StepPlan
 if TYPE_CHECKING:
     import torch
 
+    from vattention_ext import KvGeometry
+
 
 class KvStore(Protocol):
     """Slots of a sequence's keys and values."""
+
+    geometry: KvGeometry
 
     def apply(self, plan: StepPlan) -> frozenset[int]:
         """Release, admit and map for one step. Returns the sequences whose memory was refused; they hold no slot."""

@@ -9,24 +9,20 @@ from __future__ import annotations
 import torch
 
 from engine.models import models
+from engine.parts.kernel_set import Layer
 from engine.parts.parts import Parts
 from engine.runner.batch import Batch
 
 
-class LlamaLayer:
-    """Pre-norm attention and gated MLP, each added onto the residual stream in place."""
-
-    def __init__(self, parts: Parts, index: int) -> None:
-        name = f"model.layers.{index}"
-        self.input_norm = parts.norm(f"{name}.input_layernorm")
-        self.attention = parts.attention(index, f"{name}.self_attn")
-        self.post_norm = parts.norm(f"{name}.post_attention_layernorm")
-        self.mlp = parts.gated_mlp(f"{name}.mlp")
-
-    def __call__(self, hidden: torch.Tensor, batch: Batch) -> None:
-        """hidden: (N, C), updated in place."""
-        self.attention(self.input_norm(hidden), batch, add_to=hidden)
-        self.mlp(self.post_norm(hidden), add_to=hidden)
+def llama_layer(parts: Parts, index: int) -> Layer:
+    """Layer `index`: pre-norm attention and gated MLP under Llama's names."""
+    name = f"model.layers.{index}"
+    return parts.pre_norm_layer(
+        input_norm=parts.norm(f"{name}.input_layernorm"),
+        attention=parts.attention(index, f"{name}.self_attn"),
+        post_norm=parts.norm(f"{name}.post_attention_layernorm"),
+        mlp=parts.gated_mlp(f"{name}.mlp"),
+    )
 
 
 @models.register("LlamaForCausalLM")
@@ -35,7 +31,7 @@ class Llama:
 
     def __init__(self, parts: Parts) -> None:
         self.embed = parts.embedding("model.embed_tokens")
-        self.layers = [LlamaLayer(parts, i) for i in range(parts.spec.layers)]
+        self.layers = [llama_layer(parts, i) for i in range(parts.spec.layers)]
         self.norm = parts.norm("model.norm")
         self.head = parts.head("lm_head", tied_to="model.embed_tokens")
 

@@ -13,6 +13,7 @@ from engine.core.registry import Registry
 if TYPE_CHECKING:
     import torch
 
+    from engine.parts.parts import PreNormLayer
     from engine.runner.batch import Batch
 
 
@@ -28,6 +29,13 @@ class GatedLinear(Protocol):
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x: (N, C). Returns (N, F)."""
+
+
+class Layer(Protocol):
+    """A decoder layer on the residual stream."""
+
+    def __call__(self, hidden: torch.Tensor, batch: Batch) -> object:
+        """hidden: (N, C), updated in place."""
 
 
 class KernelSet(Protocol):
@@ -58,6 +66,9 @@ class KernelSet(Protocol):
         qkv: (N, (H + 2G) * D). rope: (P, 2, D/2) float32, cosines then sines. k, v: (S, C, G, D) slab views, of which
         only mapped rows may be touched. Returns the rotated queries, (N, H, D).
         """
+
+    def fuse(self, layer: PreNormLayer) -> Layer:
+        """The layer with fewer launches, or the layer itself; its results do not change."""
 
 
 kernel_sets: Registry[type[KernelSet]] = Registry("kernel set", "engine.parts")

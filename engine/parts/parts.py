@@ -15,7 +15,7 @@ from engine.attention.base import AttentionBackend
 from engine.kv.store import KvStore
 from engine.loading.spec import ModelSpec
 from engine.loading.weights import WeightSource
-from engine.parts.kernel_set import KernelSet, Linear
+from engine.parts.kernel_set import GatedLinear, KernelSet, Layer, Linear
 from engine.parts.rope import rope_table
 from engine.runner.batch import Batch
 
@@ -57,12 +57,27 @@ class Attention:
 class GatedMlp:
     """silu(gate) * up, then down, added onto the residual stream."""
 
-    gate_up: Callable[[torch.Tensor], torch.Tensor]
+    gate_up: GatedLinear
     down: Linear
 
     def __call__(self, x: torch.Tensor, add_to: torch.Tensor) -> None:
         """x: (N, C), normed; add_to: (N, C), updated in place."""
         self.down(self.gate_up(x), add_to=add_to)
+
+
+@dataclass(slots=True)
+class PreNormLayer:
+    """Pre-norm attention and gated MLP, each added onto the residual stream."""
+
+    input_norm: Norm
+    attention: Attention
+    post_norm: Norm
+    mlp: GatedMlp
+
+    def __call__(self, hidden: torch.Tensor, batch: Batch) -> None:
+        """hidden: (N, C), updated in place."""
+        self.attention(self.input_norm(hidden), batch, add_to=hidden)
+        self.mlp(self.post_norm(hidden), add_to=hidden)
 
 
 class Parts:
@@ -144,3 +159,9 @@ class Parts:
             return GatedMlp(self.kernels.gated_linear(gate, up), down)
         biases = tuple(self._tensor(f"{name}.{side}.bias", ffn) for side in ("gate_proj", "up_proj"))
         return GatedMlp(self.kernels.gated_linear(gate, up, biases), down)
+
+    def pre_norm_layer(
+        self, *, input_norm: Norm, attention: Attention, post_norm: Norm, mlp: GatedMlp
+    ) -> Layer:
+        """A layer of these pieces, fused where the kernels can."""
+        return self.kernels.fuse(PreNormLayer(input_norm, attention, post_norm, mlp))

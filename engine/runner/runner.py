@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from engine.core.plan import Admission, Chunk, SampledToken, StepPlan, StepResult
+from engine.core.plan import Admission, Chunk, Failure, SampledToken, StepPlan, StepResult
 from engine.kv.store import KvStore
 from engine.models import Model
 from engine.runner.batch import Row, pack
@@ -44,26 +44,30 @@ class Runner:
         for seq_id in refused:
             del self._sequences[seq_id]
         chunks = [chunk for chunk in plan.chunks if chunk.seq_id not in refused]
-        tokens = self._forward(plan, chunks) if chunks else ()
-        return StepResult(plan.step_id, tokens, tuple(refused))
+        if not chunks:
+            return StepResult(plan.step_id, refused=tuple(refused))
+        picked = self._forward(plan, chunks)
+        return StepResult(
+            plan.step_id,
+            tokens=tuple(SampledToken(c.seq_id, c.epoch, token) for c, token in picked if token >= 0),
+            refused=tuple(refused),
+            failed=tuple(Failure(c.seq_id, c.epoch, "its logits are not finite") for c, token in picked if token < 0),
+        )
 
-    def _forward(self, plan: StepPlan, chunks: list[Chunk]) -> tuple[SampledToken, ...]:
-        """Model and sampler over the chunks that have memory."""
+    def _forward(self, plan: StepPlan, chunks: list[Chunk]) -> list[tuple[Chunk, int]]:
+        """Model and sampler over the chunks that have memory. Returns the sampling chunks and their tokens."""
         rows = []
         for chunk in chunks:
             known = self._sequences[chunk.seq_id].tokens
             slot = self.store.slot_of(chunk.seq_id)
             rows.append(Row(slot, chunk.start, known[chunk.start : chunk.end], chunk.samples))
         self.store.look_ahead(plan)
-        batch = pack(rows)
         sampling = [chunk for chunk in chunks if chunk.samples]
-        logits = self.model(batch)  # (R, V)
-        if not sampling:
-            return ()
-        picked = self.sampler(logits, [self._pick(chunk.seq_id) for chunk in sampling])
-        for chunk, token in zip(sampling, picked, strict=True):
+        logits = self.model(pack(rows))  # (R, V)
+        tokens = self.sampler(logits, [self._pick(chunk.seq_id) for chunk in sampling]) if sampling else []
+        for chunk, token in zip(sampling, tokens, strict=True):
             self._sequences[chunk.seq_id].tokens.append(token)
-        return tuple(SampledToken(c.seq_id, c.epoch, token) for c, token in zip(sampling, picked, strict=True))
+        return list(zip(sampling, tokens, strict=True))
 
     def _pick(self, seq_id: int) -> Pick:
         """How this sequence's next token is to be chosen."""
