@@ -103,6 +103,7 @@ class EngineClient:
         self.stats: dict[str, float] = {}
         self.step_errors = 0
         self.on_stats: Callable[[dict[str, float]], None] = lambda values: None
+        self.on_queued: Callable[[float], None] = lambda seconds: None
         self.on_progress: Callable[[str], None] = lambda text: None
         self.died: asyncio.Future[EngineFailed] = asyncio.get_running_loop().create_future()
         self._clock = clock or MonotonicClock()
@@ -201,6 +202,8 @@ class EngineClient:
             if isinstance(message, wire.Batch):
                 for news in message.news:
                     self._deliver(news)
+                for seconds in message.queued_s:
+                    self.on_queued(seconds)
             elif isinstance(message, wire.Accepted):
                 if message.request_id in self._routes:
                     self._routes[message.request_id][0].accept()

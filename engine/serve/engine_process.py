@@ -24,7 +24,8 @@ import zmq
 from engine.core.clock import MonotonicClock
 from engine.core.config import EngineConfig
 from engine.core.errors import ConfigError, RequestError
-from engine.core.plan import Update
+from engine.core.executor import Executor
+from engine.core.plan import StepPlan, StepResult, Update
 from engine.core.request import Request, SamplingParams
 from engine.serve import child, wire
 
@@ -48,7 +49,43 @@ class Loop(Protocol):
     def close(self) -> None: ...
 
 
-Build = Callable[[EngineConfig], tuple[Loop, wire.Facts]]
+@dataclasses.dataclass(frozen=True, slots=True)
+class Built:
+    """An engine ready to step. first_scheduled: seq_ids (as add() returned them) scheduled since it was last asked."""
+
+    loop: Loop
+    facts: wire.Facts
+    first_scheduled: Callable[[], list[int]] = list
+
+
+Report = Callable[[str], None]
+Build = Callable[[EngineConfig, Report], Built]
+
+
+class WatchedExecutor:
+    """An executor that notes which sequences a plan admits for the first time; everything else passes through."""
+
+    def __init__(self, inner: Executor) -> None:
+        self._inner = inner
+        self._admitted: list[int] = []
+
+    def submit(self, plan: StepPlan) -> None:
+        """See Executor."""
+        self._admitted += [admission.seq_id for admission in plan.admissions if admission.epoch == 0]
+        self._inner.submit(plan)
+
+    def wait(self) -> StepResult:
+        """See Executor."""
+        return self._inner.wait()
+
+    def close(self) -> None:
+        """See Executor."""
+        self._inner.close()
+
+    def take(self) -> list[int]:
+        """Who was admitted since the last call."""
+        admitted, self._admitted = self._admitted, []
+        return admitted
 
 
 def to_request(message: wire.Add) -> Request:
@@ -65,8 +102,10 @@ def to_request(message: wire.Add) -> Request:
 class EngineService:
     """The loop of the process: socket in, step, socket out. Blocks on the socket when there is nothing to do."""
 
-    def __init__(self, loop: Loop, socket: zmq.Socket[bytes]) -> None:
-        self.loop = loop
+    def __init__(self, built: Built, socket: zmq.Socket[bytes]) -> None:
+        self.loop = built.loop
+        self._first_scheduled = built.first_scheduled
+        self._arrivals_s: dict[int, float] = {}  # by seq_id, until first scheduled
         self.socket = socket
         self.step_errors = 0
         self.step_started_s = 0.0  # read by the heartbeat thread; 0 between steps
@@ -119,7 +158,7 @@ class EngineService:
 
     def _add(self, message: wire.Add) -> None:
         try:
-            self.loop.add(to_request(message))
+            seq_id = self.loop.add(to_request(message))
         except RequestError as error:
             self._send(wire.Batch([_failure(message.request_id, str(error), 400, error.param)]))
         except Exception as error:  # one request's fault must not be everybody's
@@ -127,6 +166,7 @@ class EngineService:
             self._send(wire.Batch([_failure(message.request_id, "the engine failed on this request", 500)]))
         else:
             self._live.add(message.request_id)
+            self._arrivals_s[seq_id] = message.arrival_s
             self._send(wire.Accepted(message.request_id))
 
     def _abort(self, request_id: str) -> None:
@@ -158,8 +198,17 @@ class EngineService:
         for update in updates:
             if update.finish_reason is not None:
                 self._live.discard(update.request_id)
-        if news:
-            self._send(wire.Batch(news))
+        queued_s = self._queue_times()
+        if news or queued_s:
+            self._send(wire.Batch(news, queued_s))
+        if not self._live:
+            self._arrivals_s.clear()  # those that were aborted before they ran
+
+    def _queue_times(self) -> list[float]:
+        """Seconds that the sequences scheduled for the first time in this step had waited."""
+        now_s = self._clock.now_s()
+        found = (self._arrivals_s.pop(seq_id, None) for seq_id in self._first_scheduled())
+        return [max(0.0, now_s - arrival_s) for arrival_s in found if arrival_s is not None]
 
     def _end_all(self) -> None:
         """A step that raised cannot say whose fault it was: every live request ends with an error, the loop goes on."""
@@ -209,7 +258,7 @@ def serve(start: wire.EngineStart, control: child.FrameWriter, build: Build) -> 
     """Build the engine, say so, and run until told to stop. Returns the exit status."""
     try:
         control.send(wire.Progress("loading the model"))
-        loop, facts = build(start.config)
+        built = build(start.config, lambda text: control.send(wire.Progress(text)))
     except ConfigError as error:
         control.send(wire.Failed(" ".join(str(error).split("\n"))[:4096], 2))
         return 2
@@ -224,27 +273,39 @@ def serve(start: wire.EngineStart, control: child.FrameWriter, build: Build) -> 
         socket.setsockopt(zmq.RCVHWM, 0)
         socket.setsockopt(zmq.MAXMSGSIZE, wire.MAX_FRAME_BYTES)
         socket.connect(start.address)
-        service = EngineService(loop, socket)
+        service = EngineService(built, socket)
         threading.Thread(target=_beat, args=(service, control), name="heartbeat", daemon=True).start()
-        control.send(facts)
+        control.send(built.facts)
         try:
             service.run()
         finally:
-            loop.close()
+            built.loop.close()
     return 0
 
 
-def build_real(config: EngineConfig) -> tuple[Loop, wire.Facts]:
+def build_real(config: EngineConfig, report: Report) -> Built:
     """The engine of this tree, and what the server must know of it."""
-    from engine.build import build_engine, resolve
+    import torch
+
+    from engine.build import build_engine, geometry_of, resolve
+
+    def count(done: int, total: int) -> None:
+        if done == total or done % 16 == 0:
+            report(f"loading weights: {done} of {total} tensors")
 
     resolved, spec, pool_groups = resolve(config)
     assert resolved.max_model_len is not None
+    geometry = geometry_of(spec, resolved, getattr(torch, resolved.dtype))
     # Resolved once: what the machine has free may differ a moment later.
-    loop = build_engine(dataclasses.replace(resolved, kv_pool_bytes=None, kv_pool_groups=pool_groups))
-    summary = f"{spec.architecture}, {resolved.dtype}, {resolved.max_num_seqs} slots of {resolved.max_model_len} tokens"
+    loop = build_engine(dataclasses.replace(resolved, kv_pool_bytes=None, kv_pool_groups=pool_groups), progress=count)
+    watched = WatchedExecutor(loop.executor)
+    loop.executor = watched
     length = resolved.max_model_len
-    return loop, wire.Facts(length, length, spec.vocab, list(spec.eos_ids), summary)
+    summary = f"{spec.architecture}, {resolved.dtype}, {resolved.max_num_seqs} slots of {length} tokens, " \
+              f"{pool_groups * geometry.group_bytes >> 20} MiB of KV"
+    facts = wire.Facts(length, spec.vocab, list(spec.eos_ids), resolved.kv_page_bytes, geometry.pages_per_group,
+                       pool_groups, summary)
+    return Built(loop, facts, watched.take)
 
 
 def main(build: Build = build_real, warm_up: Callable[[], Any] | None = None) -> int:

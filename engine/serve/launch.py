@@ -162,10 +162,12 @@ class Supervisor:
         text = TextPool(tokens, self.launch.server.text_workers)
         services.text = text
         engine.on_stats = services.metrics.take_stats
+        engine.on_queued = services.metrics.queue_s.observe
         engine.on_progress = ProgressLine()
         loop = asyncio.get_running_loop()
         tokenizer, facts, _ = await asyncio.gather(
             loop.run_in_executor(None, load_tokenizer, tokens), engine.start(), text.start())
+        services.metrics.know_pages(facts.page_bytes, facts.pages_per_group, facts.pool_groups)
         names = model_names(self.launch, self.folder)
         defaults = {name: value for name, value in dataclasses.asdict(spec.generation).items() if value is not None}
         services.limits = Limits(names, facts.max_model_len, facts.vocab_size, defaults)

@@ -19,16 +19,18 @@ LONG_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80
 GAUGES = {
     "running": ("tessera_requests_running", "samples in the running batch"),
     "waiting": ("tessera_requests_waiting", "samples that wait for a slot or for memory"),
-    "kv_pages_used": ("tessera_kv_pages_used", "physical pages that hold tokens of live samples"),
-    "kv_pages_mapped": ("tessera_kv_pages_mapped", "physical pages mapped: used, kept and mapped ahead"),
-    "kv_pages_total": ("tessera_kv_pages_total", "physical pages of the pool"),
-    "kv_mapped_bytes": ("tessera_kv_mapped_bytes", "bytes mapped"),
-    "slots_used": ("tessera_slots_used", "slots of virtual memory in use"),
+    "ledger_groups_reserved": ("tessera_kv_groups_reserved", "page groups that admitted samples may still grow into"),
+    "kv_groups_in_use": ("tessera_kv_groups_in_use", "page groups that hold tokens of live samples"),
+    "kv_groups_kept": ("tessera_kv_groups_kept", "page groups kept mapped after their sample ended"),
+    "kv_groups_look_ahead": ("tessera_kv_groups_look_ahead", "page groups mapped ahead of need"),
+    "kv_mapped_bytes": ("tessera_kv_mapped_bytes", "physical KV bytes mapped"),
 }
 COUNTERS = {
-    "preemptions": ("tessera_preemptions", "samples that lost their memory and were recomputed"),
-    "steps": ("tessera_engine_steps", "steps run"),
-    "step_errors": ("tessera_engine_step_errors", "steps or calls of the engine that raised"),
+    "preempted_total": ("tessera_preemptions", "samples that lost their memory and were recomputed"),
+    "steps_total": ("tessera_engine_steps", "steps run"),
+    "lost_steps_total": ("tessera_engine_lost_steps", "steps that raised; their requests ended with an error"),
+    "step_errors": ("tessera_engine_errors", "calls of the engine that raised"),
+    "tokens_run_total": ("tessera_engine_tokens", "tokens run, prompts and outputs"),
 }
 
 
@@ -49,17 +51,28 @@ class Metrics:
         self.failures = Counter("tessera_request_failures", "faults of ours that ended one request", **own)
         self.text_restarts = Counter("tessera_text_worker_restarts", "text workers killed and replaced", **own)
         self.loop_lag_s = Gauge("tessera_event_loop_lag_seconds", "worst delay of the event loop, last second", **own)
+        self._page_bytes = self._pages_per_group = 1
+        self._pages_used = Gauge("tessera_kv_pages_used", "physical pages that hold tokens of live samples", **own)
+        self._pages_mapped = Gauge("tessera_kv_pages_mapped", "physical pages mapped: used, kept and ahead", **own)
+        self._pages_total = Gauge("tessera_kv_pages", "physical pages of the pool", **own)
         self._gauges = {key: Gauge(name, text, **own) for key, (name, text) in GAUGES.items()}
         self._counters = {key: Counter(name, text, **own) for key, (name, text) in COUNTERS.items()}
         self._counted: dict[str, float] = dict.fromkeys(COUNTERS, 0.0)
         for outcome in ("stop", "length", "abort", "error"):
             self.requests.labels(outcome)
 
+    def know_pages(self, page_bytes: int, pages_per_group: int, pool_groups: int) -> None:
+        """What turns the engine's groups and bytes into pages."""
+        self._page_bytes, self._pages_per_group = page_bytes, pages_per_group
+        self._pages_total.set(pool_groups * pages_per_group)
+
     def take_stats(self, values: Mapping[str, float]) -> None:
         """Take over what the engine reported: gauges as they are, counters by their increase."""
         for key, gauge in self._gauges.items():
             if key in values:
                 gauge.set(values[key])
+        self._pages_used.set(values.get("kv_groups_in_use", 0.0) * self._pages_per_group)
+        self._pages_mapped.set(values.get("kv_mapped_bytes", 0.0) / self._page_bytes)
         for key, counter in self._counters.items():
             grown = values.get(key, 0.0) - self._counted[key]
             if grown > 0:

@@ -84,9 +84,10 @@ class Accepted(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="acc
 
 
 class Batch(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="batch"):
-    """The news of one step."""
+    """The news of one step. queued_s: how long each sequence that it ran for the first time had waited."""
 
     news: list[News]
+    queued_s: list[float] = []
 
 
 class Stats(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="stats"):
@@ -121,12 +122,14 @@ class Failed(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="faile
 
 
 class Facts(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="ready"):
-    """The engine is ready; what the server must know of it. max_request_tokens: prompt and output of one request."""
+    """The engine is ready; what the server must know of it. max_model_len: prompt and output of one request."""
 
     max_model_len: Annotated[int, msgspec.Meta(ge=1, le=MAX_TOKENS)]
-    max_request_tokens: Annotated[int, msgspec.Meta(ge=1, le=MAX_TOKENS)]
     vocab_size: Annotated[int, msgspec.Meta(ge=1, lt=1 << 31)]
     eos_ids: Annotated[list[TokenId], msgspec.Meta(max_length=MAX_STOP_IDS)]
+    page_bytes: Annotated[int, msgspec.Meta(ge=1, le=1 << 40)]
+    pages_per_group: Annotated[int, msgspec.Meta(ge=1, le=1 << 20)]
+    pool_groups: Count
     summary: Note
 
 
