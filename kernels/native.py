@@ -6,6 +6,7 @@ its reference in torch: correct, slower, and without the bitwise promise of the 
 
 from __future__ import annotations
 
+from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING
 
@@ -14,11 +15,11 @@ import torch
 if TYPE_CHECKING:
     from tessera_kernels import _cpu
 
-_extension: ModuleType | None
+_extension: ModuleType | None = None
 try:
-    from tessera_kernels import _cpu as _extension
-except ImportError:  # not built: pure Python still works
-    _extension = None
+    _extension = import_module("tessera_kernels._cpu")
+except ImportError:
+    pass  # not built: the references still work
 
 
 def _open_ops() -> dict[torch.dtype, _cpu.Ops]:

@@ -370,10 +370,11 @@ void merge_unit(const Attention& a, const AttentionUnit& unit, char* scratch, co
 template <class T>
 void attention_phase(const Attention& a, const AttentionPlan& plan, float* partials, Team& team) {
   const int64_t units = static_cast<int64_t>(plan.units.size()), merges = static_cast<int64_t>(plan.merges.size());
-  for (int64_t i = team.next(); i < units; i = team.next())
+  team.phase(units, [&](int64_t i) {
     attend_unit<T>(a, plan.units[static_cast<size_t>(i)], team.scratch(), partials);
+  });
   if (merges == 0) return;
-  team.barrier();
-  for (int64_t i = team.next(); i < merges; i = team.next())
+  team.phase(merges, [&](int64_t i) {
     merge_unit<T>(a, plan.merges[static_cast<size_t>(i)], team.scratch(), partials);
+  });
 }

@@ -48,14 +48,14 @@ void check(const Embed& a) {
 void embed(Pool& pool, const Embed& a) {
   constexpr int kRows = 32;
   pool.run(0, [&](Team& team) {
-    for (int64_t unit = team.next(); unit * kRows < a.rows; unit = team.next()) {
+    team.phase((a.rows + kRows - 1) / kRows, [&](int64_t unit) {
       const int first = static_cast<int>(unit) * kRows;
       for (int row = first; row < first + kRows && row < a.rows; ++row) {
         std::memcpy(static_cast<char*>(a.out) + static_cast<size_t>(row) * a.row_bytes,
                     static_cast<const char*>(a.table) + static_cast<size_t>(id_at(a, row)) * a.row_bytes,
                     a.row_bytes);
       }
-    }
+    });
   });
 }
 
@@ -88,8 +88,7 @@ int64_t argmax_row(const float* x, int width) {
 
 void argmax(Pool& pool, const Argmax& a) {
   pool.run(0, [&](Team& team) {
-    for (int64_t row = team.next(); row < a.rows; row = team.next())
-      a.out[row] = argmax_row(a.logits + row * a.stride, a.width);
+    team.phase(a.rows, [&](int64_t row) { a.out[row] = argmax_row(a.logits + row * a.stride, a.width); });
   });
 }
 

@@ -162,7 +162,7 @@ void gemm_panel(const Gemm& g, int row0, int rows, int panel, float* partial) {
 
 constexpr size_t kGemmScratchBytes = kSmallBatchRows * kPanelColumns * sizeof(float);
 
-// A phase of a region: members take (row block, run of panels) units until none is left.
+// One phase; its units are (row block, run of panels).
 template <class T>
 void gemm_phase(const Gemm& g, Team& team) {
   const int panels = ceil_div(g.columns, kPanelColumns);
@@ -171,13 +171,13 @@ void gemm_phase(const Gemm& g, Team& team) {
   run = run < 1 ? 1 : run > 8 ? 8 : run;
   const int runs = ceil_div(panels, run);
   float* partial = reinterpret_cast<float*>(team.scratch());
-  for (int64_t unit = team.next(); unit < static_cast<int64_t>(runs) * row_blocks; unit = team.next()) {
+  team.phase(static_cast<int64_t>(runs) * row_blocks, [&](int64_t unit) {
     const int block = static_cast<int>(unit / runs), first = static_cast<int>(unit % runs) * run;
     const int row0 = static_cast<int>(static_cast<int64_t>(g.rows) * block / row_blocks);
     const int row1 = static_cast<int>(static_cast<int64_t>(g.rows) * (block + 1) / row_blocks);
     const int last = first + run < panels ? first + run : panels;
     for (int panel = first; panel < last; ++panel) gemm_panel<T>(g, row0, row1 - row0, panel, partial);
-  }
+  });
 }
 
 // weight[n, k] rows into panels [panel][word][2 vectors][16 lanes]. A gate_up panel holds gate rows p*16.. in its

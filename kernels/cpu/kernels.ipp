@@ -83,19 +83,12 @@ void run_layer(Pool& pool, const Layer& l, const Step& step) {
   float* const shared_partials = partials.data();
   pool.run(at_least(plan.scratch_bytes, kGemmScratchBytes), [&](Team& team) {
     rmsnorm_phase<T>(norm1, team);
-    team.barrier();
     gemm_phase<T>(qkv, team);
-    team.barrier();
     rope_store_phase<T>(rope, team);
-    team.barrier();
     attention_phase<T>(attention, *shared_plan, shared_partials, team);
-    team.barrier();
     gemm_phase<T>(attn_out, team);
-    team.barrier();
     rmsnorm_phase<T>(norm2, team);
-    team.barrier();
     gemm_phase<T>(gate_up, team);
-    team.barrier();
     gemm_phase<T>(down, team);
   });
 }

@@ -34,7 +34,7 @@ void await(int spins, const Done& done) {
   while (!done()) sched_yield();
 }
 
-constexpr int kBarrierSpins = 20000;
+constexpr int kWaitSpins = 20000;
 constexpr auto kIdleSpin = std::chrono::microseconds(150);
 constexpr size_t kHugePage = size_t{2} << 20;
 
@@ -59,20 +59,8 @@ char* Arena::ensure(size_t nbytes) {
   return data_;
 }
 
-int64_t Team::next() { return pool_.counters_[phase_].value.fetch_add(1, std::memory_order_relaxed); }
-
-char* Team::scratch() { return pool_.scratch_[member]->data(); }
-
-void Team::barrier() {
-  ++phase_;
-  if (members == 1) return;
-  const uint64_t round = pool_.barrier_round_.load(std::memory_order_acquire);
-  if (pool_.arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == members) {
-    pool_.arrived_.store(0, std::memory_order_relaxed);
-    pool_.barrier_round_.store(round + 1, std::memory_order_release);
-    return;
-  }
-  await(kBarrierSpins, [&] { return pool_.barrier_round_.load(std::memory_order_acquire) != round; });
+void Team::wait(const std::atomic<int64_t>& done, int64_t units) {
+  await(kWaitSpins, [&] { return done.load(std::memory_order_acquire) >= units; });
 }
 
 Pool::Pool(int threads) {
@@ -81,53 +69,60 @@ Pool::Pool(int threads) {
 }
 
 Pool::~Pool() {
-  stop_.store(true);
   {
     std::lock_guard<std::mutex> lock(sleep_mutex_);
-    generation_.fetch_add(1);
+    stop_.store(true);
   }
   wake_.notify_all();
   for (std::thread& thread : workers_) thread.join();
 }
 
 void Pool::run_locked(size_t scratch_bytes, Entry entry, const void* ctx) {
+  // No worker is inside here: the last region waited for that.
   for (auto& arena : scratch_) arena->ensure(scratch_bytes);
-  for (auto& counter : counters_) counter.value.store(0, std::memory_order_relaxed);
-  const int workers = static_cast<int>(workers_.size());
-  if (workers > 0) {
-    entry_ = entry;
-    ctx_ = ctx;
-    finished_.store(0, std::memory_order_relaxed);
-    generation_.fetch_add(1);  // seq_cst: pairs with sleepers_ in worker()
-    if (sleepers_.load() > 0) {
-      { std::lock_guard<std::mutex> lock(sleep_mutex_); }
-      wake_.notify_all();
-    }
+  for (Phase& phase : phases_) {
+    phase.next.store(0, std::memory_order_relaxed);
+    phase.done.store(0, std::memory_order_relaxed);
   }
-  Team team(*this, 0, workers + 1);
+  const int members = threads();
+  Team team(phases_, scratch_[0]->data(), members);
+  if (members == 1) return entry(ctx, team);
+  entry_ = entry;
+  ctx_ = ctx;
+  generation_.fetch_add(1);  // open; sequentially consistent, as are sleepers_ and inside_ against it
+  if (sleepers_.load() > 0) {
+    { std::lock_guard<std::mutex> lock(sleep_mutex_); }
+    wake_.notify_all();
+  }
   entry(ctx, team);
-  if (workers > 0) {
-    await(kBarrierSpins, [&] { return finished_.load(std::memory_order_acquire) == workers; });
-  }
+  generation_.fetch_add(1);  // closed: who has not entered by now will not
+  await(kWaitSpins, [&] { return inside_.load() == 0; });
 }
 
 void Pool::worker(int member, int members) {
   uint64_t seen = 0;
+  const auto opened = [&] {
+    const uint64_t now = generation_.load();
+    return (now % 2 == 1 && now != seen) || stop_.load(std::memory_order_relaxed);
+  };
   while (true) {
     const auto deadline = std::chrono::steady_clock::now() + kIdleSpin;
-    for (int i = 0; generation_.load() == seen; ++i) {
+    for (int i = 0; !opened(); ++i) {
       relax();
       if (i % 64 != 63 || std::chrono::steady_clock::now() < deadline) continue;
       std::unique_lock<std::mutex> lock(sleep_mutex_);
       sleepers_.fetch_add(1);
-      wake_.wait(lock, [&] { return generation_.load() != seen; });
+      wake_.wait(lock, opened);
       sleepers_.fetch_sub(1);
     }
-    ++seen;
     if (stop_.load()) return;
-    Team team(*this, member, members);
-    entry_(ctx_, team);
-    finished_.fetch_add(1, std::memory_order_release);
+    inside_.fetch_add(1);
+    seen = generation_.load();
+    if (seen % 2 == 1) {  // still open, and it stays so until we leave
+      Team team(phases_, scratch_[static_cast<size_t>(member)]->data(), members);
+      entry_(ctx_, team);
+    }
+    inside_.fetch_sub(1);
   }
 }
 

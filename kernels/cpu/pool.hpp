@@ -1,8 +1,9 @@
 // The thread team every kernel runs on: the caller plus n-1 persistent workers.
-// It knows nothing of tensors: it hands out unit numbers, barriers and scratch memory.
+// It knows nothing of tensors: it deals unit numbers and scratch memory.
 //
-// A kernel is written as phases. Inside a phase each member asks `next()` for units until it gets one past the
-// end; `barrier()` ends the phase. Which member runs a unit never changes the unit's result.
+// A kernel is a sequence of phases of independent units. A phase is over when all its units are done, not when all
+// members have arrived: a worker that the system has not scheduled holds nobody up, and one that comes late walks
+// through the finished phases. Which member runs a unit never changes the unit's result.
 #pragma once
 #include <atomic>
 #include <condition_variable>
@@ -15,10 +16,12 @@
 
 namespace tessera {
 
-constexpr int kMaxPhases = 32;
+constexpr int kMaxPhases = 16;
 
-struct alignas(128) PaddedCounter {
-  std::atomic<int64_t> value{0};
+// Units dealt and units done, on lines of their own: members hammer the first and watch the second.
+struct Phase {
+  alignas(128) std::atomic<int64_t> next{0};
+  alignas(128) std::atomic<int64_t> done{0};
 };
 
 // Grow-only, 64-byte aligned memory on huge pages where the system gives them.
@@ -41,16 +44,28 @@ class Pool;
 // One member's view of a running region.
 class Team {
  public:
-  Team(Pool& pool, int member, int members) : member(member), members(members), pool_(pool) {}
-  int64_t next();   // the next unit of this phase, counted from 0
-  void barrier();   // all members arrive; the next phase starts
-  char* scratch();  // this member's private scratch
-  const int member;
+  Team(Phase* phase, char* scratch, int members) : members(members), phase_(phase), scratch_(scratch) {}
+
+  // Runs unit(0), ..., unit(units - 1), shared with the other members; returns when all are done.
+  template <class Unit>
+  void phase(int64_t units, const Unit& unit) {
+    Phase& p = *phase_++;
+    int64_t mine = 0;
+    for (int64_t i = p.next.fetch_add(1, std::memory_order_relaxed); i < units;
+         i = p.next.fetch_add(1, std::memory_order_relaxed)) {
+      unit(i);
+      ++mine;
+    }
+    if (mine > 0) p.done.fetch_add(mine, std::memory_order_acq_rel);
+    wait(p.done, units);
+  }
+  char* scratch() const { return scratch_; }  // private to this member
   const int members;
 
  private:
-  Pool& pool_;
-  int phase_ = 0;
+  static void wait(const std::atomic<int64_t>& done, int64_t units);
+  Phase* phase_;
+  char* scratch_;
 };
 
 class Pool {
@@ -71,7 +86,6 @@ class Pool {
   }
 
  private:
-  friend class Team;
   using Entry = void (*)(const void*, Team&);
   void run_locked(size_t scratch_bytes, Entry entry, const void* ctx);
   void worker(int member, int members);
@@ -81,11 +95,9 @@ class Pool {
   std::vector<std::unique_ptr<Arena>> scratch_;
   Entry entry_ = nullptr;
   const void* ctx_ = nullptr;
-  PaddedCounter counters_[kMaxPhases];
-  alignas(128) std::atomic<uint64_t> generation_{0};
-  alignas(128) std::atomic<int> finished_{0};
-  alignas(128) std::atomic<int> arrived_{0};
-  alignas(128) std::atomic<uint64_t> barrier_round_{0};
+  Phase phases_[kMaxPhases];
+  alignas(128) std::atomic<uint64_t> generation_{0};  // odd while a region is open
+  alignas(128) std::atomic<int> inside_{0};           // workers that may be reading the region's state
   alignas(128) std::atomic<int> sleepers_{0};
   std::atomic<bool> stop_{false};
   std::mutex sleep_mutex_;

@@ -1,12 +1,13 @@
 // Row-wise operations: RMSNorm, rotary embedding with the store into the KV slabs, SiLU * up.
 // Each row is computed by itself; units are runs of rows.
 
-// Rows [r0, r1) of unit `unit` when `rows` are dealt in units of `each`; false past the end.
-inline bool rows_of(int64_t unit, int rows, int each, int& r0, int& r1) {
-  if (unit * each >= rows) return false;
-  r0 = static_cast<int>(unit) * each;
-  r1 = r0 + each < rows ? r0 + each : rows;
-  return true;
+// One phase that calls row(r) for every r < rows, `each` rows a unit.
+template <class Row>
+void row_phase(Team& team, int rows, int each, const Row& row) {
+  team.phase(ceil_div(rows, each), [&](int64_t unit) {
+    const int first = static_cast<int>(unit) * each;
+    for (int r = first; r < first + each && r < rows; ++r) row(r);
+  });
 }
 
 template <class T>
@@ -49,10 +50,7 @@ void rmsnorm_row(const RmsNorm& a, int row) {
 
 template <class T>
 void rmsnorm_phase(const RmsNorm& a, Team& team) {
-  const int each = a.rows >= 64 ? 16 : 4;
-  int r0, r1;
-  while (rows_of(team.next(), a.rows, each, r0, r1))
-    for (int row = r0; row < r1; ++row) rmsnorm_row<T>(a, row);
+  row_phase(team, a.rows, a.rows >= 64 ? 16 : 4, [&](int row) { rmsnorm_row<T>(a, row); });
 }
 
 // out = x rotated by the angles of one position; cos and sin are [D / 2]. `half` selects rotate-half pairs
@@ -102,10 +100,7 @@ void rope_store_token(const RopeStore& a, int token) {
 
 template <class T>
 void rope_store_phase(const RopeStore& a, Team& team) {
-  const int each = a.tokens >= 64 ? 16 : 2;
-  int t0, t1;
-  while (rows_of(team.next(), a.tokens, each, t0, t1))
-    for (int token = t0; token < t1; ++token) rope_store_token<T>(a, token);
+  row_phase(team, a.tokens, a.tokens >= 64 ? 16 : 2, [&](int token) { rope_store_token<T>(a, token); });
 }
 
 template <class T>
@@ -122,8 +117,5 @@ void silu_mul_row(const SiluMul& a, int row) {
 
 template <class T>
 void silu_mul_phase(const SiluMul& a, Team& team) {
-  const int each = a.rows >= 64 ? 8 : 1;
-  int r0, r1;
-  while (rows_of(team.next(), a.rows, each, r0, r1))
-    for (int row = r0; row < r1; ++row) silu_mul_row<T>(a, row);
+  row_phase(team, a.rows, a.rows >= 64 ? 8 : 1, [&](int row) { silu_mul_row<T>(a, row); });
 }
