@@ -6,6 +6,7 @@ for the ledger, because asking the ledger once per token would be the slowest pa
 
 from __future__ import annotations
 
+from array import array
 from enum import Enum
 
 from engine.core.request import Request
@@ -62,7 +63,7 @@ class Sequence:
         self.order = (request.priority, request.arrival_s)
         self.stop_ids = request.stop_ids
         self.length_cap = length_cap
-        self.outputs: list[int] = []
+        self.outputs = array("q")  # not a list: the garbage collector would walk every token of every sequence
         self.status = Status.WAITING
         self.known = len(request.prompt)
         self.goal = self.known
