@@ -18,7 +18,7 @@ else
   STATE := .venv
 endif
 
-NATIVE := $(wildcard vattention_ext/csrc/*.cpp vattention_ext/csrc/*.hpp kernels/cpu/*.cpp kernels/cpu/*.hpp)
+NATIVE := $(wildcard $(addprefix vattention_ext/csrc/*,.cpp .hpp .ipp) $(addprefix kernels/cpu/*,.cpp .hpp .ipp))
 INSTALL := scripts/install.py requirements/versions.toml setup.py pyproject.toml
 CPU_TESTS := $(shell grep -v '^\#' tests/manifests/cpu.txt)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from scripts.lints import Tree
 
 ROOT = Path(__file__).resolve().parent.parent
-CODE = (".py", ".pyi", ".cpp", ".hpp", ".h", ".sh")
+CODE = (".py", ".pyi", ".cpp", ".hpp", ".h", ".ipp", ".sh")
 
 
 def lines_by_file(tree: Tree) -> Counter[str]:

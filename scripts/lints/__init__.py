@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-TEXT_ENDINGS = (".py", ".pyi", ".cpp", ".hpp", ".h", ".md", ".toml", ".yml", ".yaml", ".sh", ".txt", ".cfg", ".svg")
+TEXT_ENDINGS = (".py", ".pyi", ".cpp", ".hpp", ".h", ".ipp", ".md", ".toml", ".yml", ".yaml", ".sh", ".txt", ".cfg",
+                ".svg")  # fmt: skip
 SKIPPED_FOLDERS = {".git", ".venv", "build", "dist", "__pycache__", ".mypy_cache", ".ruff_cache", ".pytest_cache"}
 
 

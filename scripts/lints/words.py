@@ -38,7 +38,7 @@ def offences(tree: Tree) -> list[str]:
 
 def _lines(name: str, text: str) -> list[str]:
     found = []
-    code = name.endswith((".py", ".cpp", ".hpp", ".h"))
+    code = name.endswith((".py", ".cpp", ".hpp", ".h", ".ipp"))
     for number, line in enumerate(text.splitlines(), 1):
         for what, pattern in SECRETS.items():
             if pattern.search(line):

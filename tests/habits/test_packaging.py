@@ -53,7 +53,7 @@ def test_the_wheel_ships_the_packages_and_nothing_else(wheel: Path, root: Path) 
         names = archive.namelist()
     tops = {name.split("/")[0] for name in names}
     assert tops == {"engine", "tessera_kernels", "vattention_ext", f"tessera_serve-{engine.__version__}.dist-info"}
-    assert not [name for name in names if name.endswith((".cpp", ".hpp", ".h", ".o"))]
+    assert not [name for name in names if name.endswith((".cpp", ".hpp", ".h", ".ipp", ".o"))]
     for folder, package in (("engine", "engine"), ("kernels", "tessera_kernels"), ("vattention_ext", "vattention_ext")):
         wanted = {f"{package}/{path.relative_to(root / folder).as_posix()}" for end in ("*.py", "*.pyi", "py.typed")
                   for path in (root / folder).rglob(end)}  # fmt: skip
