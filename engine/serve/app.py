@@ -7,7 +7,7 @@ no CORS: a browser page of another origin cannot use this server (reliability ru
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -20,7 +20,7 @@ from engine.serve import schema
 from engine.serve.body import read_json
 from engine.serve.errors import ApiError
 from engine.serve.generation import ClientGone, Generation, Tools
-from engine.serve.guard import Guard, Receive, Send
+from engine.serve.guard import FAULT, Guard, Receive, Send, error_headers
 from engine.serve.openai_json import Shape, error_event
 from engine.serve.services import Services
 from engine.serve.text_pool import TextPool
@@ -208,7 +208,7 @@ class EventStream(Response):
             pass
         except Exception:
             outcome = "error"
-            await write(error_event(ApiError(500, "the server failed on this request; it was counted")), more=False)
+            await write(error_event(ApiError(500, FAULT)), more=False)
             raise
         finally:
             self._running.close(outcome)
@@ -301,6 +301,25 @@ def _add_operations(app: FastAPI, services: Services, drain: Callable[[], None])
             return json_response({"status": "draining"})
 
 
+async def _answer_exception(request: Request, error: Exception) -> Response:
+    """Whatever a route raised, as OpenAI's error object. A fault of ours goes on to the guard, which counts it."""
+    if isinstance(error, ClientGone):
+        return Response(status_code=499)  # nobody reads it; it is a count
+    found = error if isinstance(error, ApiError) else ApiError(500, FAULT)
+    if isinstance(error, HTTPException):
+        path = request.url.path[:80]
+        found = ApiError(error.status_code, "the request was refused")
+        if error.status_code == 404:
+            found = ApiError(404, f"there is no route {path}")
+        elif error.status_code == 405:
+            allowed = (error.headers or {}).get("Allow", "")
+            found = ApiError(405, f"{request.method[:20]} is not allowed on {path}; allowed: {allowed}",
+                             headers=((b"allow", allowed.encode()),))  # fmt: skip
+    response = Response(found.encoded(), found.status)
+    response.raw_headers += error_headers(found)
+    return response
+
+
 def build_app(services: Services, drain: Callable[[], None] = lambda: None) -> Guard:
     """The whole application, guarded. drain: what SIGTERM does, for the admin route."""
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
@@ -309,23 +328,6 @@ def build_app(services: Services, drain: Callable[[], None] = lambda: None) -> G
     _add_text(app, services)
     _add_operations(app, services, drain)
 
-    async def api_error(request: Request, error: Exception) -> Response:
-        raise error  # the guard answers it, outside of every layer that might say it differently
-
-    async def http_error(request: Request, error: Exception) -> Response:
-        assert isinstance(error, HTTPException)
-        path = request.url.path[:80]
-        if error.status_code == 404:
-            raise ApiError(404, f"there is no route {path}")
-        if error.status_code == 405:
-            allowed = (error.headers or {}).get("Allow", "")
-            raise ApiError(405, f"{request.method[:20]} is not allowed on {path}; allowed: {allowed}",
-                           headers=((b"allow", allowed.encode()),))  # fmt: skip
-        raise ApiError(error.status_code, "the request was refused")
-
-    handlers: dict[type[Exception], Callable[[Request, Exception], Awaitable[Response]]] = {
-        HTTPException: http_error, ApiError: api_error,
-    }  # fmt: skip
-    for kind, handler in handlers.items():
-        app.add_exception_handler(kind, handler)
+    for kind in (HTTPException, ApiError, ClientGone, Exception):
+        app.add_exception_handler(kind, _answer_exception)
     return Guard(app, services)

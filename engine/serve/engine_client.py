@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterable, Sequence
 
 import msgspec
 import zmq
-import zmq.asyncio
 
 from engine.core.clock import Clock, MonotonicClock
 from engine.core.config import EngineConfig
@@ -29,6 +28,7 @@ log = logging.getLogger(__name__)
 STALL_S = 5.0
 STUCK_STEP_S = 120.0
 EXIT_WAIT_S = 3.0
+MESSAGES_A_TURN = 64
 ENGINE_COMMAND = (sys.executable, "-m", "engine.serve.engine_process")
 
 
@@ -112,9 +112,10 @@ class EngineClient:
         self._failed: EngineFailed | None = None
         self._beat_s = self._clock.now_s()
         self._step_age_s = 0.0
-        self._context = zmq.asyncio.Context()
+        self._connected: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._context = zmq.Context()
         self._socket = self._context.socket(zmq.PAIR)
-        self._reader: asyncio.Task[None] | None = None
+        self._zmq_fd = -1
         self._pidfd = -1
 
     async def start(self) -> wire.Facts:
@@ -124,13 +125,18 @@ class EngineClient:
             self._socket.setsockopt(option, 0)
         self._socket.setsockopt(zmq.MAXMSGSIZE, wire.MAX_FRAME_BYTES)
         self._socket.bind(self.child.address)
-        self._reader = loop.create_task(self._read())
+        self._zmq_fd = int(self._socket.getsockopt(zmq.FD))
+        loop.add_reader(self._zmq_fd, self._receive)
         self._pidfd = os.pidfd_open(self.child.process.pid)
         loop.add_reader(self._pidfd, self._on_exit)
         await loop.connect_read_pipe(lambda: _Frames(self._on_control), self.child.process.stdout)
-        self.facts = await self._ready
+        facts = await self._ready
+        await asyncio.wait((self._connected, self.died), return_when=asyncio.FIRST_COMPLETED)
+        if self.died.done():
+            raise self.died.result()
+        self.facts = facts
         self.child.forget_folder()
-        return self.facts
+        return facts
 
     @property
     def state(self) -> str:
@@ -177,8 +183,9 @@ class EngineClient:
                 await asyncio.wait_for(asyncio.shield(self.died), EXIT_WAIT_S)
             except TimeoutError:
                 log.warning("the engine process did not end within %.0f s; it is killed", EXIT_WAIT_S)
-        if self._reader is not None:
-            self._reader.cancel()
+        if self._zmq_fd >= 0:
+            asyncio.get_running_loop().remove_reader(self._zmq_fd)
+            self._zmq_fd = -1
         if self._pidfd >= 0:
             asyncio.get_running_loop().remove_reader(self._pidfd)
             os.close(self._pidfd)
@@ -188,28 +195,40 @@ class EngineClient:
         self.child.close()
 
     def _send(self, message: msgspec.Struct) -> None:
-        self._socket.send(wire.encode(message))
+        """Never blocks: the queue has no limit, and what is in it is bounded by the samples admitted."""
+        self._socket.send(wire.encode(message), zmq.NOBLOCK)
+        # The descriptor tells of changes only, and sending may have consumed one that was about something to read.
+        asyncio.get_running_loop().call_soon(self._receive)
 
-    async def _read(self) -> None:
-        """Route what the engine says, for as long as it lives."""
-        while True:
-            raw = await self._socket.recv()
+    def _receive(self) -> None:
+        """Everything there is, some at a time, so that other clients get their turn."""
+        for _ in range(MESSAGES_A_TURN):
+            if self._socket.closed:
+                return
             try:
-                message = wire.decode_from_engine(raw)
+                raw = self._socket.recv(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            try:
+                self._handle(wire.decode_from_engine(raw))
             except msgspec.DecodeError as error:
                 log.error("a message outside the schema was dropped (%s)", type(error).__name__)
-                continue
-            if isinstance(message, wire.Batch):
-                for news in message.news:
-                    self._deliver(news)
-                for seconds in message.queued_s:
-                    self.on_queued(seconds)
-            elif isinstance(message, wire.Accepted):
-                if message.request_id in self._routes:
-                    self._routes[message.request_id][0].accept()
-            else:
-                self.stats = message.values
-                self.on_stats(message.values)
+        asyncio.get_running_loop().call_soon(self._receive)
+
+    def _handle(self, message: wire.FromEngine) -> None:
+        if not self._connected.done():
+            self._connected.set_result(None)
+        if isinstance(message, wire.Batch):
+            for news in message.news:
+                self._deliver(news)
+            for seconds in message.queued_s:
+                self.on_queued(seconds)
+        elif isinstance(message, wire.Accepted):
+            if message.request_id in self._routes:
+                self._routes[message.request_id][0].accept()
+        else:
+            self.stats = message.values
+            self.on_stats(message.values)
 
     def _deliver(self, news: wire.News) -> None:
         route = self._routes.get(news.request_id)

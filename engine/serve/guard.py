@@ -13,7 +13,6 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 from engine.serve.errors import ApiError
-from engine.serve.generation import ClientGone
 from engine.serve.services import Services
 
 log = logging.getLogger(__name__)
@@ -26,17 +25,24 @@ App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 OPEN_PATHS = frozenset({"/health", "/ready", "/metrics", "/"})
 ADMIN_PREFIX = "/admin/"
 LOOPBACK = ("127.", "::1", "::ffff:127.")
+FAULT = "the server failed on this request; the fault was counted"
 RETRY_AFTER = (b"retry-after", b"5")
+
+
+def error_headers(error: ApiError) -> list[tuple[bytes, bytes]]:
+    """The headers that go with an error object, but for its length."""
+    headers = [(b"content-type", b"application/json"), *error.headers]
+    if error.status == 401:
+        headers.append((b"www-authenticate", b"Bearer"))
+    if error.status == 503:
+        headers.append(RETRY_AFTER)
+    return headers
 
 
 async def answer_error(send: Send, error: ApiError) -> None:
     """Send an error object as the whole response."""
     body = error.encoded()
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode()), *error.headers]
-    if error.status == 401:
-        headers.append((b"www-authenticate", b"Bearer"))
-    if error.status == 503:
-        headers.append(RETRY_AFTER)
+    headers = [*error_headers(error), (b"content-length", str(len(body)).encode())]
     await send({"type": "http.response.start", "status": error.status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
 
@@ -75,17 +81,13 @@ class Guard:
         try:
             self._check_access(scope)
             await self.app(scope, receive, watched_send)
-        except ClientGone:
-            pass
         except ApiError as error:
             if not started:
                 await answer_error(watched_send, error)
-        except Exception as error:  # one request's fault ends that request
+        except Exception as error:  # one request's fault ends that request; the application has answered it
             self._count(error)
             if not started:
-                await answer_error(watched_send, ApiError(500, "the server failed on this request; it was counted"))
-            else:
-                scope.get("tessera.drop", lambda: None)()
+                await answer_error(watched_send, ApiError(500, FAULT))
 
     def _check_access(self, scope: MutableMapping[str, Any]) -> None:
         """Raise 401, 403 or 503; return for a request that may be handled."""
