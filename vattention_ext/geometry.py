@@ -47,8 +47,8 @@ class KvGeometry:
         if self.page_bytes < self.token_bytes:
             fix = -(-self.token_bytes // _BASE_PAGE_BYTES) * _BASE_PAGE_BYTES
             raise ValueError(
-                f"page_bytes={self.page_bytes} is less than a token ({self.token_bytes} bytes in layout {self.layout!r}); "
-                f"use at least {fix}" + (" or layout 'per_layer'" if self.layout == "mega" else "")
+                f"page_bytes={self.page_bytes} is less than a token "
+                f"({self.token_bytes} bytes in layout {self.layout!r}); use at least {fix}" + (" or layout 'per_layer'" if self.layout == "mega" else "")
             )
         if self.planes * self.region_bytes > _MAX_SLAB_BYTES:
             raise ValueError(
@@ -93,7 +93,10 @@ class KvGeometry:
         return self.planes * self.page_bytes
 
     def groups_for(self, tokens: int) -> int:
-        """Groups that hold `tokens` tokens of one slot: ceil(tokens * b / S). Raises ValueError outside 0..max_tokens."""
+        """Groups that hold `tokens` tokens of one slot: ceil(tokens * b / S).
+
+        Raises ValueError outside 0..max_tokens.
+        """
         if not 0 <= tokens <= self.max_tokens:
             raise ValueError(f"tokens={tokens} is not in 0..{self.max_tokens} (max_tokens of a slot)")
         return -(-tokens * self.token_bytes // self.page_bytes)

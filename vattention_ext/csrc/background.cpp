@@ -33,7 +33,7 @@ bool Allocator::map_one(Lock& lock, const Job& job) {
   Slot& slot = table_.at(job.slot);
   if (!slot.active || slot.generation != job.generation || slot.prefix >= job.groups) return false;
   Arrival arrival;
-  arrival.index = slot.prefix;
+  const std::int64_t index = arrival.index = slot.prefix;
   if (arrival.index < slot.size() && slot.positions[static_cast<std::size_t>(arrival.index)].quarantined) {
     ++ahead_given_up_;
     return false;
@@ -68,7 +68,12 @@ bool Allocator::map_one(Lock& lock, const Job& job) {
     ++ahead_given_up_;
   }
   mapper_.set_idle();
-  return status.ok();
+  if (!status.ok()) return false;
+  // The pages are already anybody's: at worst the hint comes too late and finds them gone.
+  lock.unlock();
+  table_.warm(job.slot, index);
+  lock.lock();
+  return true;
 }
 
 std::optional<Mapper::Clock::time_point> Allocator::next_expiry() const {

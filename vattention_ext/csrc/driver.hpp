@@ -52,6 +52,9 @@ class Driver {
   // Access of a range that is mapped without gaps.
   virtual Status allow(Address address, std::size_t bytes, Access access) noexcept = 0;
   virtual Status unmap(Address address, std::size_t bytes) noexcept = 0;
+  // A hint that a mapped range will be touched soon, for a driver whose first touch costs time. Changes nothing that
+  // can be seen, and does nothing where the range is not accessible (any more).
+  virtual void warm(Address address, std::size_t bytes) noexcept = 0;
   // No page will be created any more, and none is left: give back all but the addresses. May be called twice.
   virtual void finish() noexcept = 0;
 };

@@ -32,6 +32,7 @@ class FaultDriver final : public Driver {
   Status map(Address address, std::size_t bytes, Handle page) noexcept override;
   Status allow(Address address, std::size_t bytes, Access access) noexcept override;
   Status unmap(Address address, std::size_t bytes) noexcept override;
+  void warm(Address address, std::size_t bytes) noexcept override { inner_->warm(address, bytes); }
   void finish() noexcept override { inner_->finish(); }
 
  private:

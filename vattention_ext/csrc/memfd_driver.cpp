@@ -20,6 +20,10 @@ namespace {
 constexpr std::size_t kHugeBytes = std::size_t{2} << 20;
 constexpr std::uint64_t kSpareOffset = std::uint64_t{1} << 62;  // file bytes below are homes, above is for the rest
 constexpr std::int64_t kDefaultMaxMaps = 65530;  // Linux' default where /proc cannot be read
+constexpr std::size_t kWarmBytes = std::size_t{256} << 10;  // at once: the kernel's mapping lock is held meanwhile
+#ifndef MADV_POPULATE_WRITE
+#define MADV_POPULATE_WRITE 23  // Linux 5.14; older headers lack the name, older kernels answer EINVAL
+#endif
 constexpr int kInterrupts = 1000;                // retries of a call that signals interrupt
 
 std::int64_t read_max_map_count() {
@@ -116,6 +120,12 @@ Status MemfdDriver::unreserve(Address address, std::size_t bytes) noexcept {
   borders_.erase(borders_.find(address + bytes));
   --mappings_;
   return {};
+}
+
+void MemfdDriver::warm(Address address, std::size_t bytes) noexcept {
+  for (std::size_t done = 0; done < bytes; done += kWarmBytes) {
+    if (madvise(at(address + done), std::min(kWarmBytes, bytes - done), MADV_POPULATE_WRITE) != 0) return;
+  }
 }
 
 void MemfdDriver::finish() noexcept {

@@ -33,6 +33,7 @@ class MemfdDriver final : public Driver {
   Status map(Address address, std::size_t bytes, Handle page) noexcept override;
   Status allow(Address address, std::size_t bytes, Access access) noexcept override;
   Status unmap(Address address, std::size_t bytes) noexcept override;
+  void warm(Address address, std::size_t bytes) noexcept override;
   void finish() noexcept override;
 
  private:

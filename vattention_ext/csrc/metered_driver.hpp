@@ -50,6 +50,7 @@ class MeteredDriver final : public Driver {
   Status unmap(Address address, std::size_t bytes) noexcept override {
     return timed(Verb::unmap, [&] { return inner_->unmap(address, bytes); });
   }
+  void warm(Address address, std::size_t bytes) noexcept override { inner_->warm(address, bytes); }
   void finish() noexcept override { inner_->finish(); }
 
  private:

@@ -87,6 +87,12 @@ Status SlotTable::allow(std::int64_t slot, std::int64_t first, std::int64_t coun
   return {};
 }
 
+void SlotTable::warm(std::int64_t slot, std::int64_t index) const noexcept {
+  for (std::int64_t plane = 0; plane < geometry_.planes; ++plane) {
+    driver_.warm(address(plane, slot, index), static_cast<std::size_t>(geometry_.page_bytes));
+  }
+}
+
 void SlotTable::make_room(std::int64_t slot, std::int64_t groups) {
   if (at(slot).size() < groups) at(slot).positions.resize(static_cast<std::size_t>(groups));
 }

@@ -66,6 +66,8 @@ class SlotTable {
   Status map(std::int64_t slot, Arrival& arrival) const noexcept;
   // Access of `count` neighbouring positions in every plane. Touches nothing of the table.
   Status allow(std::int64_t slot, std::int64_t first, std::int64_t count, Access access) const noexcept;
+  // Every plane of one position; may be called without the lock, a hint only.
+  void warm(std::int64_t slot, std::int64_t index) const noexcept;
   // Makes room so that commit() cannot throw.
   void make_room(std::int64_t slot, std::int64_t groups);
   void commit(std::int64_t slot, Arrival arrival, Access access) noexcept;

@@ -1,0 +1,183 @@
+"""The Python model is the judge: the native allocator does what it does, call for call, also where drivers fail.
+
+Every number is compared after every operation, driver calls included; pages are stamped, so a page that moved, was
+lost or is seen by the wrong slot is found; /proc/self/maps must agree with the books.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import HealthCheck, given, settings
+
+from tests.ext.support import committed_bytes, comparable, geometry, make, own_maps, words_of
+from vattention_ext.values import VERBS
+
+SLOTS = 4
+TOKENS = 50
+EXAMPLES = 15
+COUNTS: Counter[str] = Counter()
+
+slot = st.integers(0, SLOTS - 1)
+tokens = st.integers(0, TOKENS)
+pairs = st.lists(st.tuples(slot, tokens), min_size=1, max_size=4)
+operation = st.one_of(
+    st.tuples(st.just("acquire"), tokens),
+    st.tuples(st.just("acquire"), tokens),
+    st.tuples(st.just("ensure"), slot, tokens),
+    st.tuples(st.just("ensure"), slot, tokens),
+    st.tuples(st.just("ensure_many"), pairs),
+    st.tuples(st.just("look_ahead"), pairs),
+    st.tuples(st.just("set_tokens"), slot, tokens),
+    st.tuples(st.just("trim"), slot, tokens),
+    st.tuples(st.just("release"), slot),
+    st.tuples(st.just("share"), slot, slot, st.integers(1, 4)),
+    st.tuples(st.just("share"), slot, slot, st.integers(1, 4)),
+    st.tuples(st.just("reclaim"), st.integers(0, 3) | st.none()),
+    st.tuples(
+        st.just("fail_at"), st.sampled_from((*VERBS, "any")), st.integers(0, 6), st.sampled_from((1, 1, 1, 2, 3, -1))
+    ),
+)
+
+
+class Pair:
+    """A model and a native allocator, given the same calls."""
+
+    def __init__(self, layout: str, pool_groups: int, spare_mappings: int | None) -> None:
+        self.shape = geometry(layout, SLOTS, TOKENS)
+        least = self.shape.planes * (2 * min(SLOTS, pool_groups) + 1) + 2  # what opening asks for
+        max_mappings = None if spare_mappings is None else least + spare_mappings
+        settings = {"pool_groups": pool_groups, "floor_groups": 1, "max_mappings": max_mappings}
+        self.model = make("model", self.shape, **settings)
+        self.native = make("fault", self.shape, **settings)
+        self.planes = [words_of(region) for region in self.native.regions]
+        self.stamps: dict[int, int] = {}
+        self.drawn = 0
+        self.tight = max_mappings is not None
+
+    def apply(self, op: tuple[Any, ...]) -> None:
+        """One operation on both; counts it if it changed the state, and what happened in it."""
+        name, *arguments = self.aim(op)
+        before = self.model.stats()
+        results = [self._call(kv, name, arguments) for kv in (self.model, self.native)]
+        assert results[0] == results[1], op
+        after = self.model.stats()
+        assert comparable(after) == comparable(self.native.stats()), op
+        if name != "fail_at" and after != before:
+            COUNTS[name] += 1
+            COUNTS["total"] += 1
+            for verb in VERBS:
+                COUNTS[f"failed {verb}"] += after.driver_failures[verb] > before.driver_failures[verb]
+            COUNTS["aliased"] += after.shared_groups > 0
+            COUNTS["stolen"] += after.stolen_groups > before.stolen_groups
+            COUNTS["quarantined"] += after.quarantined_groups > before.quarantined_groups
+            COUNTS["healed"] += after.quarantined_groups < before.quarantined_groups
+            reason = getattr(results[0], "reason", None)
+            COUNTS[f"refused: {reason}"] += reason is not None
+        self.check()
+
+    def aim(self, op: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Slot numbers drawn for an operation, three times in four moved to one that is acquired."""
+        active = [n for n in range(SLOTS) if self.model.is_active(n)]
+        self.drawn += 1
+        if not active or op[0] not in ("ensure", "ensure_many", "look_ahead", "set_tokens", "trim", "release", "share"):
+            return op
+        if self.drawn % 4 == 0:
+            return op
+        if isinstance(op[1], list):
+            return op[0], [(active[number % len(active)], count) for number, count in op[1]]
+        if op[0] == "share":
+            return op[0], active[op[1] % len(active)], active[op[2] % len(active)], op[3]
+        return op[0], active[op[1] % len(active)], *op[2:]
+
+    @staticmethod
+    def _call(kv: Any, name: str, arguments: list[Any]) -> Any:
+        try:
+            result = getattr(kv, name)(*arguments)
+        except ValueError:
+            return "ValueError"
+        if name == "look_ahead":
+            assert result.wait(30), "the mapper did not finish"
+            return None
+        return result
+
+    def check(self) -> None:
+        """Both are sound; every page has the contents written into it; the kernel agrees with the books."""
+        self.model.check()
+        self.native.check()
+        pages_per_slot, words = self.shape.groups_per_slot, self.shape.page_bytes // 8
+        for number in range(SLOTS):
+            for index in range(pages_per_slot):
+                serial = self.model.cell_group(number, index)
+                if serial is None:
+                    continue
+                at = (number * pages_per_slot + index) * words
+                for plane, page in enumerate(self.planes):
+                    want = serial * 1000 + plane
+                    if serial not in self.stamps:
+                        assert self.model.writable(number, index)
+                        assert page[at] == 0 and page[at + words - 1] == 0, "a new page is not zero"
+                        page[at] = page[at + words - 1] = want
+                    assert page[at] == want and page[at + words - 1] == want, "a page is not where it should be"
+                self.stamps[serial] = 1
+        stats = self.native.stats()
+        writable, readable, mappings = own_maps(stats, self.native)
+        if stats.quarantined_groups == stats.quarantined_positions == 0:
+            alive = stats.in_use_groups + stats.kept_groups + stats.look_ahead_groups
+            assert writable == (alive - stats.read_only_groups) * self.shape.group_bytes == stats.mapped_bytes
+            assert readable == stats.shared_bytes
+            assert committed_bytes(stats) == stats.physical_bytes == alive * self.shape.group_bytes
+        # The kernel also merges what lies side by side by chance: never more than we count.
+        assert stats.mappings - len(self.planes) <= mappings <= stats.mappings
+        if self.tight:
+            # Mapping stops at the budget; leaving a shared head may split one range of each slot and plane beyond it.
+            assert stats.mappings <= stats.mapping_budget + SLOTS * len(self.planes)
+
+    def close(self) -> None:
+        """No failures any more: everything goes back."""
+        for kv in (self.model, self.native):
+            kv.fail_at("any", 0)
+            kv.close()
+            kv.check()
+            assert kv.stats().free_groups == kv.stats().total_groups
+            assert kv.stats().physical_bytes == kv.stats().mapped_bytes == 0
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("layout", ["mega", "per_layer"])
+@settings(max_examples=EXAMPLES, deadline=None, derandomize=True, database=None,
+          suppress_health_check=list(HealthCheck))
+@given(
+    ops=st.lists(operation, min_size=45, max_size=60),
+    pool_groups=st.integers(3, 14),
+    spare_mappings=st.none() | st.integers(0, 8),
+)
+def test_native_equals_model(
+    layout: str, ops: list[tuple[Any, ...]], pool_groups: int, spare_mappings: int | None
+) -> None:
+    """Any sequence of calls, with any driver verb failing, leaves both in the same state."""
+    pair = Pair(layout, pool_groups, spare_mappings)
+    pair.apply(("acquire", 10))
+    pair.apply(("ensure", 0, 30))
+    try:
+        for op in ops:
+            pair.apply(op)
+    finally:
+        pair.planes.clear()
+    pair.close()
+
+
+def test_enough_was_tried() -> None:
+    """The run above made at least 10,000 state-changing operations, and enough of every kind of them."""
+    least = {
+        "total": 10_000, "acquire": 500, "ensure": 500, "ensure_many": 100, "look_ahead": 300, "set_tokens": 100,
+        "trim": 100, "release": 500, "share": 200, "reclaim": 200, "aliased": 300, "stolen": 100, "quarantined": 50,
+        "healed": 30, "refused: pages": 100, "refused: driver": 50, "refused: mappings": 3, "failed create": 50,
+        "failed destroy": 20, "failed map": 50, "failed allow": 50, "failed unmap": 50,
+    }
+    if COUNTS["total"] == 0:
+        pytest.skip("test_native_equals_model did not run")
+    assert {name: COUNTS[name] for name, low in least.items() if COUNTS[name] < low} == {}, dict(COUNTS)
