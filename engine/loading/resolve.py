@@ -213,7 +213,7 @@ def _snapshot(name: str, local_only: bool) -> Path:
         return Path(snapshot_download(name, allow_patterns=list(HUB_PATTERNS), local_files_only=local_only,
                                       etag_timeout=5))
     except Exception as error:  # the library raises its own, httpx's and OSError's types
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200].rstrip(".")
         raise LoadError(f"model {name!r} is no local folder and could not be fetched from the model hub: {reason}. "
                         "Check name and network, log in with `hf auth login` for a gated model, or give a folder"
                         ) from None
