@@ -35,21 +35,36 @@ class PieceTable:
 
 
 class Tokenizer(Protocol):
-    """A vocabulary, as the server and the offline API use it. Immutable and safe to share between threads.
+    """A vocabulary, as the server and the offline API use it. Immutable and safe to share between threads."""
 
-    vocab_size: one more than the highest id. max_token_bytes: no id stands for more bytes of text, so a text of more
-    than n * max_token_bytes bytes needs more than n tokens (rule R23: refuse by bytes before encoding).
-    bos_id, eos_ids: from generation_config.json or config.json, else the tokenizer's own. special_ids: as decode skips.
-    chat_template: the template's source, None = the model has none. table: how ids become bytes.
-    """
+    @property
+    def vocab_size(self) -> int:
+        """One more than the highest id."""
 
-    vocab_size: int
-    max_token_bytes: int
-    bos_id: int | None
-    eos_ids: tuple[int, ...]
-    special_ids: frozenset[int]
-    chat_template: str | None
-    table: PieceTable
+    @property
+    def max_token_bytes(self) -> int:
+        """No id stands for more bytes of text: a text of more than n times this needs more than n tokens (rule R23:
+        refuse by bytes before encoding)."""
+
+    @property
+    def bos_id(self) -> int | None:
+        """From generation_config.json or config.json, else the tokenizer's own."""
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """Every id that ends a text, from the same files."""
+
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """What skip_special_tokens leaves out."""
+
+    @property
+    def chat_template(self) -> str | None:
+        """The template's source; None = the model has none."""
+
+    @property
+    def table(self) -> PieceTable:
+        """How ids become bytes."""
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Ids of a text. Raises RequestError for text that is not valid Unicode."""
