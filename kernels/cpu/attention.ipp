@@ -100,7 +100,10 @@ void pack_keys(const typename T::E* k, ptrdiff_t token_stride, int count, int di
     const char* from = reinterpret_cast<const char*>(k) + group * 16 * row_bytes;
     for (int w = 0; w < words; w += 16) {
       uint32_t* to = reinterpret_cast<uint32_t*>(out) + w * kKeyBlock + group * 16;
-      transpose16(from + w * 4, row_bytes, rows, words - w < 16 ? words - w : 16, to, kKeyBlock);
+      const int n = words - w < 16 ? words - w : 16;
+      Columns columns;
+      transpose16(from + w * 4, row_bytes, rows, n, columns);
+      store_columns(columns, n, to, kKeyBlock);
     }
   }
 }
@@ -116,6 +119,90 @@ void pack_values(const typename T::E* v, ptrdiff_t token_stride, int count, int 
   }
   const int written = (key + T::kWord - 1) / T::kWord;
   std::memset(out, 0, static_cast<size_t>(kKeyBlock / T::kWord - written) * dim * 4);
+}
+
+// The two products of a block for few rows (a decode), straight from the slab: the packed form would be used too few
+// times to pay for writing it. The chains are the same.
+constexpr int kDirectRows = 8;
+
+template <class T, int MR>
+void scores_direct(const typename T::E* q, const typename T::E* k, ptrdiff_t token_stride, int count, int dim,
+                   float* scores) {
+  const int words = dim / T::kWord;
+  const ptrdiff_t row_bytes = token_stride * static_cast<ptrdiff_t>(sizeof(typename T::E));
+  for (int group = 0; group < kKeyBlock / 16; ++group) {
+    const int left = count - group * 16;
+    const int rows = left < 0 ? 0 : left < 16 ? left : 16;
+    const char* from = reinterpret_cast<const char*>(k) + group * 16 * row_bytes;
+    V acc[MR];
+#pragma GCC unroll 8
+    for (int r = 0; r < MR; ++r) acc[r] = vzero();
+    for (int w = 0; w < words && rows > 0; w += 16) {
+      const int n = words - w < 16 ? words - w : 16;
+      Columns columns;
+      transpose16(from + w * 4, row_bytes, rows, n, columns);
+      const char* a = reinterpret_cast<const char*>(q) + w * 4;
+#pragma GCC unroll 16
+      for (int i = 0; i < 16; ++i) {
+        if (i >= n) break;
+#pragma GCC unroll 8
+        for (int r = 0; r < MR; ++r)
+          acc[r] = T::mac(acc[r], T::word_all(a + r * dim * static_cast<int>(sizeof(typename T::E)) + i * 4),
+                          T::word_of(columns[i]));
+      }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < MR; ++r) vstore(scores + r * kKeyBlock + group * 16, acc[r]);
+  }
+}
+
+template <class T, int MR, int NV>
+__attribute__((always_inline)) inline void values_direct_columns(const typename T::E* p, const typename T::E* v,
+                                                                 ptrdiff_t token_stride, int count, int dim,
+                                                                 float* acc_rows) {
+  V acc[MR][NV];
+  tile_load<MR, NV>(acc, acc_rows, dim, false);
+  int key = 0;
+  for (; key < kKeyBlock; key += T::kWord, p += T::kWord, v += T::kWord * token_stride) {
+    typename T::W b[NV];
+    if (key >= count) break;
+    const typename T::E* row1 = key + 1 < count ? v + token_stride : nullptr;
+#pragma GCC unroll 4
+    for (int i = 0; i < NV; ++i) b[i] = T::pair_rows(v + 16 * i, row1 ? row1 + 16 * i : nullptr);
+#pragma GCC unroll 8
+    for (int r = 0; r < MR; ++r) {
+      const typename T::W a = T::word_all(reinterpret_cast<const char*>(p + r * kKeyBlock));
+#pragma GCC unroll 4
+      for (int i = 0; i < NV; ++i) acc[r][i] = T::mac(acc[r][i], a, b[i]);
+    }
+  }
+  tile_store<MR, NV>(acc, acc_rows, dim);
+}
+
+template <class T, int MR>
+void values_direct(const typename T::E* p, const typename T::E* v, ptrdiff_t token_stride, int count, int dim,
+                   float* acc) {
+  constexpr int kWide = MR <= 4 ? 4 : 2;
+  int d = 0;
+  for (; d + 16 * kWide <= dim; d += 16 * kWide)
+    values_direct_columns<T, MR, kWide>(p, v + d, token_stride, count, dim, acc + d);
+  for (; d < dim; d += 16) values_direct_columns<T, MR, 1>(p, v + d, token_stride, count, dim, acc + d);
+}
+
+template <class T>
+struct DirectFns {
+  void (*scores)(const typename T::E*, const typename T::E*, ptrdiff_t, int, int, float*);
+  void (*values)(const typename T::E*, const typename T::E*, ptrdiff_t, int, int, float*);
+};
+
+template <class T>
+const DirectFns<T>& direct_for(int rows) {
+  static constexpr DirectFns<T> table[kDirectRows] = {
+      {scores_direct<T, 1>, values_direct<T, 1>}, {scores_direct<T, 2>, values_direct<T, 2>},
+      {scores_direct<T, 3>, values_direct<T, 3>}, {scores_direct<T, 4>, values_direct<T, 4>},
+      {scores_direct<T, 5>, values_direct<T, 5>}, {scores_direct<T, 6>, values_direct<T, 6>},
+      {scores_direct<T, 7>, values_direct<T, 7>}, {scores_direct<T, 8>, values_direct<T, 8>}};
+  return table[rows - 1];
 }
 
 // Scores of one row to probabilities of the block's keys [lo, hi); updates maximum and sum; rescales acc.
@@ -178,8 +265,6 @@ inline void reset_state(float* state, float* acc, int dim) {
   std::memset(acc, 0, static_cast<size_t>(dim) * 4);
 }
 
-struct RowRange { int first, last; };
-
 // Everything one unit needs about its sequence.
 struct UnitShape {
   int group, rows, position0, kv_len, slot, token_base;
@@ -226,9 +311,16 @@ void attend_block(const Attention& a, const UnitShape& u, const AttentionScratch
   const ptrdiff_t at = u.slot * a.kv.slot_stride + key0 * a.kv.token_stride + head * a.kv.head_stride;
   const ptrdiff_t row0 = static_cast<ptrdiff_t>(head_index) * u.rows + first;
   const int rows = last - first;
-  pack_keys<T>(static_cast<const E*>(a.kv.k) + at, a.kv.token_stride, count, dim, s.keys);
-  product<T>(reinterpret_cast<const char*>(s.q + row0 * dim), dim * static_cast<ptrdiff_t>(sizeof(E)), s.keys,
-             kKeyBlock / 16, dim / T::kWord, s.scores, kKeyBlock, rows, true);
+  const E* const keys = static_cast<const E*>(a.kv.k) + at;
+  const E* const values = static_cast<const E*>(a.kv.v) + at;
+  const bool direct = rows <= kDirectRows;
+  if (direct) {
+    direct_for<T>(rows).scores(s.q + row0 * dim, keys, a.kv.token_stride, count, dim, s.scores);
+  } else {
+    pack_keys<T>(keys, a.kv.token_stride, count, dim, s.keys);
+    product<T>(reinterpret_cast<const char*>(s.q + row0 * dim), dim * static_cast<ptrdiff_t>(sizeof(E)), s.keys,
+               kKeyBlock / 16, dim / T::kWord, s.scores, kKeyBlock, rows, true);
+  }
   const float scale = a.scale * kLog2e;
   for (int r = 0; r < rows; ++r) {
     const int position = u.position0 + (first + r) / u.group;
@@ -237,7 +329,11 @@ void attend_block(const Attention& a, const UnitShape& u, const AttentionScratch
     softmax_row<T>(s.scores + r * kKeyBlock, scale, lo, hi, s.state + (row0 + r) * 4, s.acc + (row0 + r) * dim, dim,
                    s.p + r * kKeyBlock);
   }
-  pack_values<T>(static_cast<const E*>(a.kv.v) + at, a.kv.token_stride, count, dim, s.values);
+  if (direct) {
+    direct_for<T>(rows).values(s.p, values, a.kv.token_stride, count, dim, s.acc + row0 * dim);
+    return;
+  }
+  pack_values<T>(values, a.kv.token_stride, count, dim, s.values);
   product<T>(reinterpret_cast<const char*>(s.p), kKeyBlock * static_cast<ptrdiff_t>(sizeof(E)), s.values, vectors,
              kKeyBlock / T::kWord, s.acc + row0 * dim, dim, rows, false);
 }

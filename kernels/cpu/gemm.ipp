@@ -4,10 +4,11 @@
 // zero, whatever the tile shape, the row count or the split of K into blocks (a partial chain is kept in fp32).
 
 // acc[r][v] += a[r, :] . b[:, v] over `words`; a's row r at a + r * a_row_bytes, b word-major, b_word_bytes apart.
-// `kAhead` > 0 prefetches the panel that many bytes ahead.
-template <class T, int MR, int NV, int kAhead = 0>
+// `kLines` cache lines of `ahead` are prefetched into L2 a word.
+template <class T, int MR, int NV, int kLines = 0>
 __attribute__((always_inline)) inline void tile_mac(V (&acc)[MR][NV], const char* a, ptrdiff_t a_row_bytes,
-                                                    const char* b, ptrdiff_t b_word_bytes, int words) {
+                                                    const char* b, ptrdiff_t b_word_bytes, int words,
+                                                    const char* ahead = nullptr) {
   // Rows are reached as base + {0, 1, 2} * stride from every third row: few enough addresses to stay in registers.
   constexpr int kBases = (MR + 2) / 3;
   const char* base[kBases];
@@ -17,9 +18,10 @@ __attribute__((always_inline)) inline void tile_mac(V (&acc)[MR][NV], const char
     typename T::W bv[NV];
 #pragma GCC unroll 4
     for (int v = 0; v < NV; ++v) bv[v] = T::word_row(b + v * 64);
-    if (kAhead > 0) {
-#pragma GCC unroll 4
-      for (int v = 0; v < NV; ++v) __builtin_prefetch(b + kAhead + v * 64, 0, 3);
+    if (kLines > 0) {
+#pragma GCC unroll 2
+      for (int i = 0; i < kLines; ++i) __builtin_prefetch(ahead + i * 64, 0, 2);
+      ahead += kLines * 64;
     }
 #pragma GCC unroll 12
     for (int r = 0; r < MR; ++r) {
@@ -105,19 +107,24 @@ inline void finish_row(const Gemm& g, V left, V right, int row, int panel, int c
 constexpr int kTileRows = 12;
 constexpr int kBlockWords = 288;      // K block of a small batch: 36 KiB of panel stay in L1 for its second tile
 constexpr int kSmallBatchRows = 48;   // up to here K is blocked and partial chains are kept in scratch
+constexpr int kAheadBytes = 4096;
 constexpr int kRowBlock = 240;        // rows of x a unit covers, so that they stay in L2
-constexpr int kPanelAhead = 4096;     // bytes
 
-// One tile: MR rows of one panel, words [w0, w0 + words) of K. `partial` keeps unfinished chains.
+// One tile: MR rows of one panel, words [w0, w0 + words) of K. `partial` keeps unfinished chains. The weights that
+// follow in memory come into L2 meanwhile, half each by the first two tiles, so that memory is busy as long as the
+// multipliers are; an only tile reads at memory speed and prefetches just ahead of itself.
 template <class T, int MR>
-void gemm_tile(const Gemm& g, int row, int panel, int w0, int words, int total_words, float* partial, bool first) {
+void gemm_tile(const Gemm& g, int row, int panel, int w0, int words, int total_words, float* partial, int tile,
+               int tiles) {
   const char* a = static_cast<const char*>(g.x) +
                   (row * g.x_stride) * static_cast<ptrdiff_t>(sizeof(typename T::E)) + w0 * 4;
   const char* b = static_cast<const char*>(g.panels) + (static_cast<ptrdiff_t>(panel) * total_words + w0) * 128;
   const ptrdiff_t a_row_bytes = g.x_stride * static_cast<ptrdiff_t>(sizeof(typename T::E));
   V acc[MR][2];
   tile_load<MR, 2>(acc, partial, kPanelColumns, w0 == 0);
-  if (first) tile_mac<T, MR, 2, kPanelAhead>(acc, a, a_row_bytes, b, 128, words);
+  const char* ahead = b + words * 128;
+  if (tiles == 1) tile_mac<T, MR, 2, 2>(acc, a, a_row_bytes, b, 128, words, b + kAheadBytes);
+  else if (tile < 2) tile_mac<T, MR, 2, 1>(acc, a, a_row_bytes, b, 128, words, ahead + tile * words * 64);
   else tile_mac<T, MR, 2>(acc, a, a_row_bytes, b, 128, words);
   if (w0 + words < total_words) {
     tile_store<MR, 2>(acc, partial, kPanelColumns);
@@ -130,7 +137,7 @@ void gemm_tile(const Gemm& g, int row, int panel, int w0, int words, int total_w
 }
 
 template <class T>
-using TileFn = void (*)(const Gemm&, int, int, int, int, int, float*, bool);
+using TileFn = void (*)(const Gemm&, int, int, int, int, int, float*, int, int);
 
 template <class T>
 TileFn<T> tile_for(int rows) {
@@ -154,8 +161,8 @@ void gemm_panel(const Gemm& g, int row0, int rows, int panel, float* partial) {
     for (int t = 0; t < tiles; ++t) {
       const int begin = static_cast<int>(static_cast<int64_t>(rows) * t / tiles);
       const int end = static_cast<int>(static_cast<int64_t>(rows) * (t + 1) / tiles);
-      tile_for<T>(end - begin)(g, row0 + begin, panel, w0, words, total_words, partial + begin * kPanelColumns,
-                               t == 0);
+      tile_for<T>(end - begin)(g, row0 + begin, panel, w0, words, total_words, partial + begin * kPanelColumns, t,
+                               tiles);
     }
   }
 }
@@ -195,7 +202,10 @@ void pack_panels(const void* weight, ptrdiff_t row_stride, int n, int k, bool ga
       for (int w = 0; w < words; w += 16) {
         const char* from = static_cast<const char*>(weight) + row * row_bytes + w * 4;
         uint32_t* to = static_cast<uint32_t*>(out) + (static_cast<ptrdiff_t>(panel) * words + w) * 32 + vec * 16;
-        transpose16(from, row_bytes, rows, words - w < 16 ? words - w : 16, to, 32);
+        const int count = words - w < 16 ? words - w : 16;
+        Columns columns;
+        transpose16(from, row_bytes, rows, count, columns);
+        store_columns(columns, count, to, 32);
       }
     }
   }

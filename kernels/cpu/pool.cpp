@@ -63,7 +63,7 @@ void Team::wait(const std::atomic<int64_t>& done, int64_t units) {
   await(kWaitSpins, [&] { return done.load(std::memory_order_acquire) >= units; });
 }
 
-Pool::Pool(int threads) {
+Pool::Pool(int threads) : counters_(static_cast<size_t>(kMaxPhases) * (threads + 1)) {
   for (int i = 0; i < threads; ++i) scratch_.push_back(std::make_unique<Arena>());
   for (int i = 1; i < threads; ++i) workers_.emplace_back([this, i, threads] { worker(i, threads); });
 }
@@ -80,13 +80,15 @@ Pool::~Pool() {
 void Pool::run_locked(size_t scratch_bytes, Entry entry, const void* ctx) {
   // No worker is inside here: the last region waited for that.
   for (auto& arena : scratch_) arena->ensure(scratch_bytes);
-  for (Phase& phase : phases_) {
-    phase.next.store(0, std::memory_order_relaxed);
-    phase.done.store(0, std::memory_order_relaxed);
-  }
   const int members = threads();
-  Team team(phases_, scratch_[0]->data(), members);
-  if (members == 1) return entry(ctx, team);
+  for (int i = 0; i < used_phases_ * (members + 1); ++i)
+    counters_[static_cast<size_t>(i)].value.store(0, std::memory_order_relaxed);
+  Team team(counters_.data(), scratch_[0]->data(), 0, members);
+  if (members == 1) {
+    entry(ctx, team);
+    used_phases_ = team.phases();
+    return;
+  }
   entry_ = entry;
   ctx_ = ctx;
   generation_.fetch_add(1);  // open; sequentially consistent, as are sleepers_ and inside_ against it
@@ -95,6 +97,7 @@ void Pool::run_locked(size_t scratch_bytes, Entry entry, const void* ctx) {
     wake_.notify_all();
   }
   entry(ctx, team);
+  used_phases_ = team.phases();
   generation_.fetch_add(1);  // closed: who has not entered by now will not
   await(kWaitSpins, [&] { return inside_.load() == 0; });
 }
@@ -119,7 +122,7 @@ void Pool::worker(int member, int members) {
     inside_.fetch_add(1);
     seen = generation_.load();
     if (seen % 2 == 1) {  // still open, and it stays so until we leave
-      Team team(phases_, scratch_[static_cast<size_t>(member)]->data(), members);
+      Team team(counters_.data(), scratch_[static_cast<size_t>(member)]->data(), member, members);
       entry_(ctx_, team);
     }
     inside_.fetch_sub(1);

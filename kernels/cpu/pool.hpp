@@ -3,7 +3,8 @@
 //
 // A kernel is a sequence of phases of independent units. A phase is over when all its units are done, not when all
 // members have arrived: a worker that the system has not scheduled holds nobody up, and one that comes late walks
-// through the finished phases. Which member runs a unit never changes the unit's result.
+// through the finished phases. Each member has its own run of neighbouring units and, when that is dealt out, helps
+// with the others'. Which member runs a unit never changes the unit's result.
 #pragma once
 #include <atomic>
 #include <condition_variable>
@@ -18,10 +19,8 @@ namespace tessera {
 
 constexpr int kMaxPhases = 16;
 
-// Units dealt and units done, on lines of their own: members hammer the first and watch the second.
-struct Phase {
-  alignas(128) std::atomic<int64_t> next{0};
-  alignas(128) std::atomic<int64_t> done{0};
+struct alignas(128) Counter {  // on lines of its own
+  std::atomic<int64_t> value{0};
 };
 
 // Grow-only, 64-byte aligned memory on huge pages where the system gives them.
@@ -44,27 +43,37 @@ class Pool;
 // One member's view of a running region.
 class Team {
  public:
-  Team(Phase* phase, char* scratch, int members) : members(members), phase_(phase), scratch_(scratch) {}
+  // `counters`: for each phase one counter of units done, then one of units dealt for each member.
+  Team(Counter* counters, char* scratch, int member, int members)
+      : members(members), member_(member), counters_(counters), scratch_(scratch) {}
 
   // Runs unit(0), ..., unit(units - 1), shared with the other members; returns when all are done.
   template <class Unit>
   void phase(int64_t units, const Unit& unit) {
-    Phase& p = *phase_++;
+    Counter* const counters = counters_ + phases_++ * (members + 1);
     int64_t mine = 0;
-    for (int64_t i = p.next.fetch_add(1, std::memory_order_relaxed); i < units;
-         i = p.next.fetch_add(1, std::memory_order_relaxed)) {
-      unit(i);
-      ++mine;
+    for (int turn = 0; turn < members; ++turn) {
+      const int owner = member_ + turn < members ? member_ + turn : member_ + turn - members;
+      const int64_t first = units * owner / members, last = units * (owner + 1) / members;
+      std::atomic<int64_t>& dealt = counters[1 + owner].value;
+      for (int64_t i = first + dealt.fetch_add(1, std::memory_order_relaxed); i < last;
+           i = first + dealt.fetch_add(1, std::memory_order_relaxed)) {
+        unit(i);
+        ++mine;
+      }
     }
-    if (mine > 0) p.done.fetch_add(mine, std::memory_order_acq_rel);
-    wait(p.done, units);
+    if (mine > 0) counters[0].value.fetch_add(mine, std::memory_order_acq_rel);
+    wait(counters[0].value, units);
   }
   char* scratch() const { return scratch_; }  // private to this member
+  int phases() const { return phases_; }
   const int members;
 
  private:
   static void wait(const std::atomic<int64_t>& done, int64_t units);
-  Phase* phase_;
+  const int member_;
+  int phases_ = 0;
+  Counter* counters_;
   char* scratch_;
 };
 
@@ -75,7 +84,7 @@ class Pool {
   Pool(const Pool&) = delete;
   Pool& operator=(const Pool&) = delete;
 
-  int threads() const { return static_cast<int>(workers_.size()) + 1; }
+  int threads() const { return static_cast<int>(scratch_.size()); }
 
   // Runs body(team) on every member and returns when all are done. One region at a time: callers queue on a mutex.
   // `scratch_bytes` is private scratch per member. `body` must not throw.
@@ -95,7 +104,8 @@ class Pool {
   std::vector<std::unique_ptr<Arena>> scratch_;
   Entry entry_ = nullptr;
   const void* ctx_ = nullptr;
-  Phase phases_[kMaxPhases];
+  std::vector<Counter> counters_;
+  int used_phases_ = kMaxPhases;  // of the last region, to be cleared
   alignas(128) std::atomic<uint64_t> generation_{0};  // odd while a region is open
   alignas(128) std::atomic<int> inside_{0};           // workers that may be reading the region's state
   alignas(128) std::atomic<int> sleepers_{0};

@@ -47,15 +47,19 @@ inline V vnegate_even(V a) {
   return _mm512_castsi512_ps(_mm512_xor_si512(_mm512_castps_si512(a), sign));
 }
 
-// 16 rows of 16 dwords, row r at rows + r * row_bytes, into out[word][row]. Rows past n_rows and words past
-// n_words are not read and come out as zeros. Only n_words words are written, `out_stride` dwords apart.
-inline void transpose16(const char* rows, ptrdiff_t row_bytes, int n_rows, int n_words, uint32_t* out,
-                        ptrdiff_t out_stride) {
-  __m512i r[16], t[16];
-  const __mmask16 words = vmask(n_words);
+// 16 rows of 16 dwords, row r at rows + r * row_bytes: column w into r[w]. Rows past n_rows and words past n_words
+// are not read and come out as zeros.
+inline void transpose16(const char* rows, ptrdiff_t row_bytes, int n_rows, int n_words, __m512i (&r)[16]) {
+  __m512i t[16];
+  if (n_rows == 16 && n_words == 16) {
 #pragma GCC unroll 16
-  for (int i = 0; i < 16; ++i)
-    r[i] = i < n_rows ? _mm512_maskz_loadu_epi32(words, rows + i * row_bytes) : _mm512_setzero_si512();
+    for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_si512(rows + i * row_bytes);
+  } else {
+    const __mmask16 words = vmask(n_words);
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i)
+      r[i] = i < n_rows ? _mm512_maskz_loadu_epi32(words, rows + i * row_bytes) : _mm512_setzero_si512();
+  }
 #pragma GCC unroll 8
   for (int i = 0; i < 16; i += 2) {
     t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
@@ -80,6 +84,10 @@ inline void transpose16(const char* rows, ptrdiff_t row_bytes, int n_rows, int n
     r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
     r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
   }
+}
+
+using Columns = __m512i[16];
+inline void store_columns(const Columns& r, int n_words, uint32_t* out, ptrdiff_t out_stride) {
 #pragma GCC unroll 16
   for (int i = 0; i < 16; ++i)
     if (i < n_words) _mm512_storeu_si512(out + i * out_stride, r[i]);
@@ -97,6 +105,7 @@ struct F32 {
   static V round(V a) { return a; }
   static W word_row(const char* p) { return _mm512_loadu_ps(p); }
   static W word_all(const char* p) { return _mm512_set1_ps(*reinterpret_cast<const float*>(p)); }
+  static W word_of(__m512i a) { return _mm512_castsi512_ps(a); }
   static V mac(V acc, W a, W b) { return _mm512_fmadd_ps(a, b, acc); }
   // 16 elements of one V row (kWord rows below) as words.
   static W pair_rows(const E* row0, const E*) { return vload(row0); }
@@ -117,6 +126,7 @@ struct Bf16 {
   static V round(V a) { return widen(narrow(a)); }
   static W word_row(const char* p) { return (__m512bh)_mm512_loadu_si512(p); }
   static W word_all(const char* p) { return (__m512bh)_mm512_set1_epi32(*reinterpret_cast<const int*>(p)); }
+  static W word_of(__m512i a) { return (__m512bh)a; }
   static V mac(V acc, W a, W b) { return _mm512_dpbf16_ps(acc, a, b); }
   static W pair_rows(const E* row0, const E* row1) {
     const __m512i even = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(row0)));

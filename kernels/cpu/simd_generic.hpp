@@ -84,12 +84,15 @@ inline V vnegate_even(V a) {
   for (int i = 0; i < 16; i += 2) a[i] = -a[i];
   return a;
 }
-inline void transpose16(const char* rows, ptrdiff_t row_bytes, int n_rows, int n_words, uint32_t* out,
-                        ptrdiff_t out_stride) {
-  for (int w = 0; w < n_words; ++w) std::memset(out + w * out_stride, 0, 64);
+using Columns = V[16];
+inline void transpose16(const char* rows, ptrdiff_t row_bytes, int n_rows, int n_words, Columns& columns) {
+  for (int w = 0; w < 16; ++w) columns[w] = V{};
   for (int i = 0; i < n_rows; ++i)
     for (int w = 0; w < n_words; ++w)
-      std::memcpy(out + w * out_stride + i, rows + i * row_bytes + w * 4, 4);
+      std::memcpy(reinterpret_cast<char*>(&columns[w]) + i * 4, rows + i * row_bytes + w * 4, 4);
+}
+inline void store_columns(const Columns& columns, int n_words, uint32_t* out, ptrdiff_t out_stride) {
+  for (int w = 0; w < n_words; ++w) std::memcpy(out + w * out_stride, &columns[w], 64);
 }
 
 struct F32 {
@@ -103,6 +106,7 @@ struct F32 {
   static V round(V a) { return a; }
   static W word_row(const char* p) { return vload(reinterpret_cast<const float*>(p)); }
   static W word_all(const char* p) { return vset1(*reinterpret_cast<const float*>(p)); }
+  static W word_of(V a) { return a; }
   static V mac(V acc, W a, W b) { return vfma(a, b, acc); }
   static W pair_rows(const E* row0, const E*) { return vload(row0); }
   static void word_store(char* p, W a) { vstore(reinterpret_cast<float*>(p), a); }
