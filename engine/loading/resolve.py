@@ -37,6 +37,7 @@ CONVERTER_VERSION = 1
 
 HUB_PATTERNS = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json",
                 "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+HUB_IGNORED = ("*/*", "consolidated*")  # other formats' copies of the same weights, in folders or beside the shards
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 DOWNLOAD_TIMEOUT_S = 900
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
@@ -210,7 +211,8 @@ def _snapshot(name: str, local_only: bool) -> Path:
         raise LoadError(f"model {name!r} would come from the model hub, which needs: pip install huggingface_hub; "
                         "or give a local folder") from None
     try:
-        return Path(snapshot_download(name, allow_patterns=list(HUB_PATTERNS), local_files_only=local_only,
+        return Path(snapshot_download(name, allow_patterns=list(HUB_PATTERNS),
+                                      ignore_patterns=list(HUB_IGNORED), local_files_only=local_only,
                                       etag_timeout=5))
     except Exception as error:  # the library raises its own, httpx's and OSError's types
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200].rstrip(".")

@@ -120,6 +120,7 @@ def test_a_hub_that_cannot_be_reached(tmp_path: Path, monkeypatch: pytest.Monkey
     assert "\n" not in str(caught.value)
     patterns = asked[-1]["allow_patterns"]
     assert isinstance(patterns, list) and all(p.endswith((".safetensors", ".json", ".jinja")) for p in patterns)
+    assert "*/*" in asked[-1]["ignore_patterns"]  # type: ignore[operator]
     monkeypatch.setattr(resolve, "_default_model", lambda cache, progress: tmp_path / "default")
     assert resolve_model(resolve.DEFAULT_HUB_ID, cache_dir=tmp_path) == tmp_path / "default"
     assert resolve_model(None) == resolve_model(resolve.DEFAULT_MODEL) == tmp_path / "default"
