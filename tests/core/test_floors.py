@@ -28,15 +28,26 @@ def test_a_fresh_interpreter_loads_the_whole_core_without_torch(root: Path) -> N
     """A scheduler test must never pay for torch; a lazy import inside core would be found by the walk above."""
     modules = core_modules(root)
     assert len(modules) > 5
+    assert loaded_with(root, modules, HEAVY) == []
+
+
+def test_the_server_process_and_its_text_workers_load_no_torch(root: Path) -> None:
+    """A server answers /health while torch still loads elsewhere, and its memory is a tenth."""
+    modules = ["app", "launch", "generation", "text_pool", "text_worker", "flags", "cli"]
+    assert loaded_with(root, [f"engine.serve.{name}" for name in modules], ("torch", "transformers")) == []
+
+
+def loaded_with(root: Path, modules: list[str], watched: tuple[str, ...]) -> list[str]:
+    """Which of the watched packages a fresh interpreter has loaded after importing these modules."""
     code = (
         "import sys, importlib\n"
         f"for name in {modules!r}: importlib.import_module(name)\n"
-        f"print([name for name in {HEAVY!r} if name in sys.modules])\n"
+        f"print(*[name for name in {watched!r} if name in sys.modules])\n"
     )
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "[]"
+    return done.stdout.split()
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tarfile
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import engine
+from scripts.lints import Tree
 
 
 def python(code: str, folder: Path, *search: Path) -> str:
@@ -78,6 +80,19 @@ def test_the_console_command_is_declared(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         entry = next(name for name in archive.namelist() if name.endswith("entry_points.txt"))
         assert "tessera = engine.serve.cli:main" in archive.read(entry).decode()
+
+
+def test_the_source_archive_can_build_everything(root: Path, tmp_path: Path) -> None:
+    """Every source, header, version and test of the checkout is in the sdist; no build output is."""
+    command = [sys.executable, "setup.py", "-q", "egg_info", "--egg-base", str(tmp_path), "sdist", "--dist-dir",
+               str(tmp_path)]  # fmt: skip
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    wanted = set(Tree(root).files) - {".gitignore", ".ci/run"}
+    assert wanted - names == set()
+    assert not [name for name in names if name.endswith((".so", ".o", ".pyc"))]
 
 
 def test_another_package_called_kernels_is_not_hidden(root: Path, tmp_path: Path) -> None:
