@@ -6,6 +6,7 @@ It does not know text: stop strings travel here, but whoever turns ids into text
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 from engine.core.errors import RequestError
@@ -32,6 +33,12 @@ def _require_float(name: str, value: object, low: float, high: float, *, low_ope
     if good and (low < value if low_open else low <= value) and value <= high:  # type: ignore[operator]
         return
     raise RequestError(f"{name}={value!r} is not a number in {'(' if low_open else '['}{low}, {high}]", param=name)
+
+
+def check_token_ids(name: str, ids: Sequence[int], vocab: int) -> None:
+    """Raise RequestError naming the first id that is not an integer in 0..vocab-1."""
+    for token in ids:
+        _require_int(name, token, 0, vocab - 1)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
+
+from engine.attention.cpu_vattn import CpuVattn
+from engine.parts.kernel_set import Layer, kernel_sets
+from engine.parts.layer import PreNormLayer
+from engine.runner.batch import Batch
 from tessera_kernels.decoder_layer import DecoderLayer, LayerWeights
 from tessera_kernels.embed import embed
 from tessera_kernels.linear import PackedLinear
 from tessera_kernels.rmsnorm import rmsnorm
 from tessera_kernels.rope_store import rope_store
-
-from engine.attention.cpu_vattn import CpuVattn
-from engine.parts.kernel_set import Layer, kernel_sets
-from engine.runner.batch import Batch
-
-if TYPE_CHECKING:
-    from engine.parts.parts import PreNormLayer
 
 
 class CpuLinear:
@@ -86,11 +82,11 @@ class CpuKernels:
         """See KernelSet."""
         return rope_store(qkv, rope, batch.positions, batch.token_slots, k, v, heads)
 
-    def fuse(self, layer: PreNormLayer) -> Layer:
+    def fuse(self, layer: Layer) -> Layer:
         """See KernelSet: one call a layer, bitwise equal to its steps, where attention runs on these kernels too."""
-        attention, mlp = layer.attention, layer.mlp
-        if not isinstance(attention.backend, CpuVattn):
+        if not isinstance(layer, PreNormLayer) or not isinstance(layer.attention.backend, CpuVattn):
             return layer
+        attention, mlp = layer.attention, layer.mlp
         weights = LayerWeights(
             input_norm=layer.input_norm.weight,
             qkv=_packed(attention.qkv),

@@ -13,7 +13,6 @@ from engine.core.registry import Registry
 if TYPE_CHECKING:
     import torch
 
-    from engine.parts.parts import PreNormLayer
     from engine.runner.batch import Batch
 
 
@@ -67,8 +66,8 @@ class KernelSet(Protocol):
         only mapped rows may be touched. Returns the rotated queries, (N, H, D).
         """
 
-    def fuse(self, layer: PreNormLayer) -> Layer:
-        """The layer with fewer launches, or the layer itself; its results do not change."""
+    def fuse(self, layer: Layer) -> Layer:
+        """The layer with fewer launches where this set knows how, else the layer itself; results do not change."""
 
 
 kernel_sets: Registry[type[KernelSet]] = Registry("kernel set", "engine.parts")

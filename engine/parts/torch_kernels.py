@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 import torch.nn.functional as F
 
 from engine.parts.kernel_set import Layer, kernel_sets
 from engine.runner.batch import Batch
-
-if TYPE_CHECKING:
-    from engine.parts.parts import PreNormLayer
 
 # PyTorch's CPU products change their summation order below this many rows, so fewer rows are padded up to it:
 # a token's values then do not depend on how many others share its step.
@@ -93,6 +88,6 @@ class TorchKernels:
         v[where] = new_v
         return rotate(q, cos, sin)  # (N, H, D)
 
-    def fuse(self, layer: PreNormLayer) -> Layer:
+    def fuse(self, layer: Layer) -> Layer:
         """See KernelSet: every step stays its own."""
         return layer

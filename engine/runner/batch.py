@@ -51,7 +51,7 @@ def pack(rows: Sequence[Row]) -> Batch:
     lengths = np.fromiter((len(row.tokens) for row in rows), dtype=np.int32, count=len(rows))
     starts = np.fromiter((row.start for row in rows), dtype=np.int32, count=len(rows))
     slots = np.fromiter((row.slot for row in rows), dtype=np.int32, count=len(rows))
-    q_starts = np.zeros(len(rows) + 1, dtype=np.int32)
+    q_starts: np.ndarray = np.zeros(len(rows) + 1, dtype=np.int32)
     np.cumsum(lengths, out=q_starts[1:])
     total = int(q_starts[-1])
     tokens = np.fromiter((token for row in rows for token in row.tokens), dtype=np.int64, count=total)

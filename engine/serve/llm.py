@@ -16,7 +16,8 @@ from engine.core.clock import MonotonicClock
 from engine.core.config import EngineConfig
 from engine.core.errors import RequestError
 from engine.core.plan import Update
-from engine.core.request import Request, SamplingParams
+from engine.core.request import Request, SamplingParams, check_token_ids
+from engine.core.seeds import SeedSource
 from engine.loading.resolve import resolve_model
 from engine.loading.spec import read_config
 from engine.tokenization import Detokenizer, load_tokenizer
@@ -66,6 +67,7 @@ class LLM:
         self.tokenizer = load_tokenizer(self.config.tokenizer or path)
         self.engine = build_engine(self.config)
         self._clock = MonotonicClock()
+        self._seeds = SeedSource(self.config.seed)
         self._count = 0
 
     def generate(
@@ -94,7 +96,7 @@ class LLM:
             for request, output in zip(new, result.outputs, strict=True):
                 requests.append(request)
                 live[request.request_id] = _Live(
-                    output, Detokenizer(self.tokenizer, stop=rule.stop, min_tokens=rule.min_tokens)
+                    output, Detokenizer(self.tokenizer, stop=rule.stop, min_tokens=rule.min_tokens, continues=True)
                 )
         for request in requests:
             self.engine.validate(request)
@@ -137,13 +139,14 @@ class LLM:
         """Encode one prompt into the n requests of its samples."""
         text = prompt if isinstance(prompt, str) else None
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        check_token_ids("prompt", ids, self.spec.vocab)
         name = f"offline-{self._count}"
         self._count += 1
         stop_ids = stop_ids_for(self.spec, params)
         requests = []
         for i in range(params.n):
-            seed = self.config.seed + self._count if params.seed is None else params.seed
-            sample = params.replace(seed=seed + i, n=1)
+            seed = self._seeds.next() if params.seed is None else params.seed + i
+            sample = params.replace(seed=seed, n=1)
             requests.append(Request(f"{name}-{i}", tuple(ids), sample, self._clock.now_s(), stop_ids))
         return RequestOutput(name, text, ids, [CompletionOutput(i) for i in range(params.n)]), requests
 
