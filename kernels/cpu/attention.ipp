@@ -98,13 +98,9 @@ void pack_keys(const typename T::E* k, ptrdiff_t token_stride, int count, int di
     const int left = count - group * 16;
     const int rows = left < 0 ? 0 : left < 16 ? left : 16;
     const char* from = reinterpret_cast<const char*>(k) + group * 16 * row_bytes;
-    for (int w = 0; w < words; w += 16) {
-      uint32_t* to = reinterpret_cast<uint32_t*>(out) + w * kKeyBlock + group * 16;
-      const int n = words - w < 16 ? words - w : 16;
-      Columns columns;
-      transpose16(from + w * 4, row_bytes, rows, n, columns);
-      store_columns(columns, n, to, kKeyBlock);
-    }
+    uint32_t* to = reinterpret_cast<uint32_t*>(out) + group * 16;
+    for_columns(from, row_bytes, rows, words,
+                [&](int w, const Column& column) { column_store(to + w * kKeyBlock, column); });
   }
 }
 
@@ -126,49 +122,47 @@ void pack_values(const typename T::E* v, ptrdiff_t token_stride, int count, int 
 constexpr int kDirectRows = 8;
 
 template <class T, int MR>
-void scores_direct(const typename T::E* q, const typename T::E* k, ptrdiff_t token_stride, int count, int dim,
-                   float* scores) {
-  const int words = dim / T::kWord;
+void scores_direct(const typename T::E* q, const typename T::E* k, ptrdiff_t token_stride, int dim, float* scores) {
+  // Several key groups side by side, or the chains' latency would bound the speed.
+  constexpr int kGroups = MR <= 4 ? 4 : 2;
   const ptrdiff_t row_bytes = token_stride * static_cast<ptrdiff_t>(sizeof(typename T::E));
-  for (int group = 0; group < kKeyBlock / 16; ++group) {
-    const int left = count - group * 16;
-    const int rows = left < 0 ? 0 : left < 16 ? left : 16;
-    const char* from = reinterpret_cast<const char*>(k) + group * 16 * row_bytes;
-    V acc[MR];
+  const ptrdiff_t q_bytes = dim * static_cast<ptrdiff_t>(sizeof(typename T::E));
+  const int words = dim / T::kWord;
+  for (int first = 0; first < kKeyBlock / 16; first += kGroups) {
+    const char* from = reinterpret_cast<const char*>(k) + first * 16 * row_bytes;
+    V acc[MR][kGroups];
 #pragma GCC unroll 8
-    for (int r = 0; r < MR; ++r) acc[r] = vzero();
-    for (int w = 0; w < words && rows > 0; w += 16) {
-      const int n = words - w < 16 ? words - w : 16;
-      Columns columns;
-      transpose16(from + w * 4, row_bytes, rows, n, columns);
+    for (int r = 0; r < MR; ++r) {
+#pragma GCC unroll 4
+      for (int g = 0; g < kGroups; ++g) acc[r][g] = vzero();
+    }
+    for (int w = 0; w < words; w += 4) {
       const char* a = reinterpret_cast<const char*>(q) + w * 4;
-#pragma GCC unroll 16
-      for (int i = 0; i < 16; ++i) {
-        if (i >= n) break;
+#pragma GCC unroll 4
+      for (int g = 0; g < kGroups; ++g) {
+        Column quad[4];
+        transpose_quad(from + g * 16 * row_bytes + w * 4, row_bytes, quad);
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) {
 #pragma GCC unroll 8
-        for (int r = 0; r < MR; ++r)
-          acc[r] = T::mac(acc[r], T::word_all(a + r * dim * static_cast<int>(sizeof(typename T::E)) + i * 4),
-                          T::word_of(columns[i]));
+          for (int r = 0; r < MR; ++r)
+            acc[r][g] = T::mac(acc[r][g], T::word_all(a + r * q_bytes + i * 4), T::word_of(quad[i]));
+        }
       }
     }
-#pragma GCC unroll 8
-    for (int r = 0; r < MR; ++r) vstore(scores + r * kKeyBlock + group * 16, acc[r]);
+    tile_store<MR, kGroups>(acc, scores + first * 16, kKeyBlock);
   }
 }
 
 template <class T, int MR, int NV>
 __attribute__((always_inline)) inline void values_direct_columns(const typename T::E* p, const typename T::E* v,
-                                                                 ptrdiff_t token_stride, int count, int dim,
-                                                                 float* acc_rows) {
+                                                                 ptrdiff_t token_stride, int dim, float* acc_rows) {
   V acc[MR][NV];
   tile_load<MR, NV>(acc, acc_rows, dim, false);
-  int key = 0;
-  for (; key < kKeyBlock; key += T::kWord, p += T::kWord, v += T::kWord * token_stride) {
+  for (int key = 0; key < kKeyBlock; key += T::kWord, p += T::kWord, v += T::kWord * token_stride) {
     typename T::W b[NV];
-    if (key >= count) break;
-    const typename T::E* row1 = key + 1 < count ? v + token_stride : nullptr;
 #pragma GCC unroll 4
-    for (int i = 0; i < NV; ++i) b[i] = T::pair_rows(v + 16 * i, row1 ? row1 + 16 * i : nullptr);
+    for (int i = 0; i < NV; ++i) b[i] = T::pair_rows(v + 16 * i, v + token_stride + 16 * i);
 #pragma GCC unroll 8
     for (int r = 0; r < MR; ++r) {
       const typename T::W a = T::word_all(reinterpret_cast<const char*>(p + r * kKeyBlock));
@@ -180,19 +174,30 @@ __attribute__((always_inline)) inline void values_direct_columns(const typename 
 }
 
 template <class T, int MR>
-void values_direct(const typename T::E* p, const typename T::E* v, ptrdiff_t token_stride, int count, int dim,
-                   float* acc) {
+void values_direct(const typename T::E* p, const typename T::E* v, ptrdiff_t token_stride, int dim, float* acc) {
   constexpr int kWide = MR <= 4 ? 4 : 2;
   int d = 0;
   for (; d + 16 * kWide <= dim; d += 16 * kWide)
-    values_direct_columns<T, MR, kWide>(p, v + d, token_stride, count, dim, acc + d);
-  for (; d < dim; d += 16) values_direct_columns<T, MR, 1>(p, v + d, token_stride, count, dim, acc + d);
+    values_direct_columns<T, MR, kWide>(p, v + d, token_stride, dim, acc + d);
+  for (; d < dim; d += 16) values_direct_columns<T, MR, 1>(p, v + d, token_stride, dim, acc + d);
+}
+
+// The block itself, or where it has fewer than kKeyBlock rows a copy with zeros in their place.
+template <class E>
+const E* whole_block(const E* rows, ptrdiff_t& token_stride, int count, int dim, char* copy) {
+  if (count == kKeyBlock) return rows;
+  E* out = reinterpret_cast<E*>(copy);
+  for (int key = 0; key < count; ++key)
+    std::memcpy(out + key * dim, rows + key * token_stride, static_cast<size_t>(dim) * sizeof(E));
+  std::memset(out + count * dim, 0, static_cast<size_t>(kKeyBlock - count) * dim * sizeof(E));
+  token_stride = dim;
+  return out;
 }
 
 template <class T>
 struct DirectFns {
-  void (*scores)(const typename T::E*, const typename T::E*, ptrdiff_t, int, int, float*);
-  void (*values)(const typename T::E*, const typename T::E*, ptrdiff_t, int, int, float*);
+  void (*scores)(const typename T::E* q, const typename T::E* k, ptrdiff_t token_stride, int dim, float* scores);
+  void (*values)(const typename T::E* p, const typename T::E* v, ptrdiff_t token_stride, int dim, float* acc);
 };
 
 template <class T>
@@ -277,26 +282,28 @@ inline UnitShape shape_of(const Attention& a, const AttentionUnit& u) {
           a.q_starts[u.sequence] + u.token0};
 }
 
-// Asks for the K and V rows of the next block: with a mega layout each row is on its own 4 KiB page, out of
-// reach of the hardware's prefetcher.
-template <class T>
-void prefetch_rows(const Attention& a, ptrdiff_t base, int first_key, int count, int heads) {
-  const int row_bytes = heads * a.head_dim * static_cast<int>(sizeof(typename T::E));
-  for (int key = 0; key < count; ++key) {
-    const ptrdiff_t at = base + (first_key + key) * a.kv.token_stride;
-    const char* k = reinterpret_cast<const char*>(static_cast<const typename T::E*>(a.kv.k) + at);
-    const char* v = reinterpret_cast<const char*>(static_cast<const typename T::E*>(a.kv.v) + at);
-    for (int i = 0; i < row_bytes; i += 64) {
-      __builtin_prefetch(k + i, 0, 2);
-      __builtin_prefetch(v + i, 0, 2);
+// Asks for the K and V rows of the next block, a few at a time between the steps of this one: with a mega layout every
+// row is on a page of its own, out of reach of the hardware's prefetcher, and a burst would fill the miss queues.
+struct Ahead {
+  const char *k, *v;
+  ptrdiff_t row_stride_bytes;
+  int row_bytes, rows, each;
+
+  void some() {
+    for (int n = rows < each ? rows : each; n > 0; --n, --rows, k += row_stride_bytes, v += row_stride_bytes) {
+      for (int i = 0; i < row_bytes; i += 64) {
+        __builtin_prefetch(k + i, 0, 2);
+        __builtin_prefetch(v + i, 0, 2);
+      }
     }
   }
-}
+};
+constexpr int kAheadSteps = 4;  // calls of some() a block and head
 
 // One key block of one kv head against all of the unit's rows.
 template <class T>
 void attend_block(const Attention& a, const UnitShape& u, const AttentionScratch<T>& s, int head, int head_index,
-                  int key0) {
+                  int key0, Ahead& ahead) {
   using E = typename T::E;
   const int dim = a.head_dim, vectors = dim / 16;
   const int count = u.kv_len - key0 < kKeyBlock ? u.kv_len - key0 : kKeyBlock;
@@ -314,14 +321,18 @@ void attend_block(const Attention& a, const UnitShape& u, const AttentionScratch
   const E* const keys = static_cast<const E*>(a.kv.k) + at;
   const E* const values = static_cast<const E*>(a.kv.v) + at;
   const bool direct = rows <= kDirectRows;
+  ahead.some();
   if (direct) {
-    direct_for<T>(rows).scores(s.q + row0 * dim, keys, a.kv.token_stride, count, dim, s.scores);
+    ptrdiff_t stride = a.kv.token_stride;
+    const E* whole = whole_block(keys, stride, count, dim, s.keys);
+    direct_for<T>(rows).scores(s.q + row0 * dim, whole, stride, dim, s.scores);
   } else {
     pack_keys<T>(keys, a.kv.token_stride, count, dim, s.keys);
     product<T>(reinterpret_cast<const char*>(s.q + row0 * dim), dim * static_cast<ptrdiff_t>(sizeof(E)), s.keys,
                kKeyBlock / 16, dim / T::kWord, s.scores, kKeyBlock, rows, true);
   }
   const float scale = a.scale * kLog2e;
+  ahead.some();
   for (int r = 0; r < rows; ++r) {
     const int position = u.position0 + (first + r) / u.group;
     const int hi = position + 1 - key0 < kKeyBlock ? position + 1 - key0 : kKeyBlock;
@@ -329,8 +340,11 @@ void attend_block(const Attention& a, const UnitShape& u, const AttentionScratch
     softmax_row<T>(s.scores + r * kKeyBlock, scale, lo, hi, s.state + (row0 + r) * 4, s.acc + (row0 + r) * dim, dim,
                    s.p + r * kKeyBlock);
   }
+  ahead.some();
   if (direct) {
-    direct_for<T>(rows).values(s.p, values, a.kv.token_stride, count, dim, s.acc + row0 * dim);
+    ptrdiff_t stride = a.kv.token_stride;
+    const E* whole = whole_block(values, stride, count, dim, s.values);
+    direct_for<T>(rows).values(s.p, whole, stride, dim, s.acc + row0 * dim);
     return;
   }
   pack_values<T>(values, a.kv.token_stride, count, dim, s.values);
@@ -361,6 +375,18 @@ typename T::E* output_row(const Attention& a, const AttentionUnit& unit, const U
   return static_cast<typename T::E*>(a.out) + (token * a.heads + head) * a.head_dim;
 }
 
+// The unit's rows of the block at `key0`, none where the heads of a token are not neighbours.
+template <class T>
+Ahead block_ahead(const Attention& a, const AttentionUnit& unit, const UnitShape& u, int key0, int key_end) {
+  constexpr ptrdiff_t kBytes = sizeof(typename T::E);
+  const int left = key_end - key0 < kKeyBlock ? key_end - key0 : kKeyBlock;
+  const bool dense = unit.heads == 1 || a.kv.head_stride == a.head_dim;
+  const ptrdiff_t at = u.slot * a.kv.slot_stride + key0 * a.kv.token_stride + unit.head0 * a.kv.head_stride;
+  return {static_cast<const char*>(a.kv.k) + at * kBytes, static_cast<const char*>(a.kv.v) + at * kBytes,
+          a.kv.token_stride * kBytes, static_cast<int>(unit.heads * a.head_dim * kBytes), dense && left > 0 ? left : 0,
+          ceil_div(kKeyBlock, kAheadSteps * unit.heads)};
+}
+
 template <class T>
 void attend_unit(const Attention& a, const AttentionUnit& unit, char* scratch, float* partials) {
   const UnitShape u = shape_of(a, unit);
@@ -373,18 +399,17 @@ void attend_unit(const Attention& a, const AttentionUnit& unit, char* scratch, f
   const int key_end = u.position0 + unit.tokens;
   int key_begin = a.window > 0 && u.position0 + 1 > a.window ? u.position0 + 1 - a.window : 0;
   key_begin = key_begin / kKeyBlock * kKeyBlock;
-  const ptrdiff_t base = u.slot * a.kv.slot_stride + unit.head0 * a.kv.head_stride;
-  const bool dense_heads = unit.heads == 1 || a.kv.head_stride == dim;
   for (int split = unit.split0; split < unit.split0 + unit.splits; ++split) {
     const int from = split * kKeySplit > key_begin ? split * kKeySplit : key_begin;
     const int to = (split + 1) * kKeySplit < key_end ? (split + 1) * kKeySplit : key_end;
     if (from >= to) continue;
     for (int r = 0; r < all_rows; ++r) reset_state(s.state + r * 4, s.acc + r * dim, dim);
     for (int key0 = from; key0 < to; key0 += kKeyBlock) {
-      const int ahead = key_end - key0 - kKeyBlock;
-      if (ahead > 0 && dense_heads)
-        prefetch_rows<T>(a, base, key0 + kKeyBlock, ahead < kKeyBlock ? ahead : kKeyBlock, unit.heads);
-      for (int h = 0; h < unit.heads; ++h) attend_block<T>(a, u, s, unit.head0 + h, h, key0);
+      Ahead ahead = block_ahead<T>(a, unit, u, key0 + kKeyBlock, key_end);
+      for (int h = 0; h < unit.heads; ++h) {
+        attend_block<T>(a, u, s, unit.head0 + h, h, key0, ahead);
+        ahead.some();
+      }
     }
     for (int r = 0; r < all_rows; ++r)
       fold_split(s.state + r * 4 + 2, s.total + r * dim, s.state + r * 4, s.acc + r * dim, dim);

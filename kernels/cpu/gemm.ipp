@@ -187,6 +187,31 @@ void gemm_phase(const Gemm& g, Team& team) {
   });
 }
 
+// Calls column(w, dwords w of 16 rows) for w < words in ascending order. Rows past `count` and dwords past `words` are
+// not read; rows past `count` are zeros.
+template <class OnColumn>
+__attribute__((always_inline)) inline void for_columns(const char* rows, ptrdiff_t row_bytes, int count, int words,
+                                                       const OnColumn& column) {
+  Column quad[4];
+  if (count == 16) {
+    int w = 0;
+    for (; w + 4 <= words; w += 4) {
+      transpose_quad(rows + w * 4, row_bytes, quad);
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) column(w + i, quad[i]);
+    }
+    if (w == words) return;
+  }
+  // An edge: by way of a copy with zeros where nothing may be read.
+  for (int w = count == 16 ? words / 4 * 4 : 0; w < words; w += 4) {
+    const int n = words - w < 4 ? words - w : 4;
+    uint32_t copy[16][4] = {};
+    for (int r = 0; r < count; ++r) std::memcpy(copy[r], rows + r * row_bytes + w * 4, static_cast<size_t>(n) * 4);
+    transpose_quad(reinterpret_cast<const char*>(copy), 16, quad);
+    for (int i = 0; i < n; ++i) column(w + i, quad[i]);
+  }
+}
+
 // weight[n, k] rows into panels [panel][word][2 vectors][16 lanes]. A gate_up panel holds gate rows p*16.. in its
 // first vector and up rows n/2 + p*16.. in its second. Columns past the end are zeros.
 template <class T>
@@ -199,14 +224,9 @@ void pack_panels(const void* weight, ptrdiff_t row_stride, int n, int k, bool ga
       const int row = gate_up ? panel * 16 + vec * half : panel * kPanelColumns + vec * 16;
       const int limit = gate_up && vec == 0 ? half : n;
       const int rows = limit - row < 0 ? 0 : limit - row < 16 ? limit - row : 16;
-      for (int w = 0; w < words; w += 16) {
-        const char* from = static_cast<const char*>(weight) + row * row_bytes + w * 4;
-        uint32_t* to = static_cast<uint32_t*>(out) + (static_cast<ptrdiff_t>(panel) * words + w) * 32 + vec * 16;
-        const int count = words - w < 16 ? words - w : 16;
-        Columns columns;
-        transpose16(from, row_bytes, rows, count, columns);
-        store_columns(columns, count, to, 32);
-      }
+      const char* from = static_cast<const char*>(weight) + row * row_bytes;
+      uint32_t* to = static_cast<uint32_t*>(out) + static_cast<ptrdiff_t>(panel) * words * 32 + vec * 16;
+      for_columns(from, row_bytes, rows, words, [&](int w, const Column& column) { column_store(to + w * 32, column); });
     }
   }
 }

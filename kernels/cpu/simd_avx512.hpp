@@ -47,51 +47,29 @@ inline V vnegate_even(V a) {
   return _mm512_castsi512_ps(_mm512_xor_si512(_mm512_castps_si512(a), sign));
 }
 
-// 16 rows of 16 dwords, row r at rows + r * row_bytes: column w into r[w]. Rows past n_rows and words past n_words
-// are not read and come out as zeros.
-inline void transpose16(const char* rows, ptrdiff_t row_bytes, int n_rows, int n_words, __m512i (&r)[16]) {
-  __m512i t[16];
-  if (n_rows == 16 && n_words == 16) {
-#pragma GCC unroll 16
-    for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_si512(rows + i * row_bytes);
-  } else {
-    const __mmask16 words = vmask(n_words);
-#pragma GCC unroll 16
-    for (int i = 0; i < 16; ++i)
-      r[i] = i < n_rows ? _mm512_maskz_loadu_epi32(words, rows + i * row_bytes) : _mm512_setzero_si512();
-  }
-#pragma GCC unroll 8
-  for (int i = 0; i < 16; i += 2) {
-    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
-    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-  }
+// Four dwords of each of 16 rows, row r at rows + r * row_bytes: column i into out[i]. The four 128-bit quarters are
+// gathered by masked loads, which leaves half the shuffles of a transposition in registers.
+using Column = __m512i;
+__attribute__((always_inline)) inline void transpose_quad(const char* rows, ptrdiff_t row_bytes, Column (&out)[4]) {
+  __m512i a[4];
 #pragma GCC unroll 4
-  for (int i = 0; i < 16; i += 4) {
-    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+  for (int j = 0; j < 4; ++j) {
+    const auto quarter = [&](int i) {
+      return _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows + (j + 4 * i) * row_bytes));
+    };
+    a[j] = _mm512_broadcast_i32x4(quarter(0));
+    a[j] = _mm512_mask_broadcast_i32x4(a[j], 0x00f0, quarter(1));
+    a[j] = _mm512_mask_broadcast_i32x4(a[j], 0x0f00, quarter(2));
+    a[j] = _mm512_mask_broadcast_i32x4(a[j], 0xf000, quarter(3));
   }
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
-    t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
-    t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
-    t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
-  }
-#pragma GCC unroll 8
-  for (int i = 0; i < 8; ++i) {
-    r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
-    r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
-  }
+  const __m512i t0 = _mm512_unpacklo_epi32(a[0], a[1]), t1 = _mm512_unpackhi_epi32(a[0], a[1]);
+  const __m512i t2 = _mm512_unpacklo_epi32(a[2], a[3]), t3 = _mm512_unpackhi_epi32(a[2], a[3]);
+  out[0] = _mm512_unpacklo_epi64(t0, t2);
+  out[1] = _mm512_unpackhi_epi64(t0, t2);
+  out[2] = _mm512_unpacklo_epi64(t1, t3);
+  out[3] = _mm512_unpackhi_epi64(t1, t3);
 }
-
-using Columns = __m512i[16];
-inline void store_columns(const Columns& r, int n_words, uint32_t* out, ptrdiff_t out_stride) {
-#pragma GCC unroll 16
-  for (int i = 0; i < 16; ++i)
-    if (i < n_words) _mm512_storeu_si512(out + i * out_stride, r[i]);
-}
+inline void column_store(uint32_t* p, Column a) { _mm512_storeu_si512(p, a); }
 
 // A packed "word" is what one multiply-accumulate lane consumes: one float here, two bf16 below.
 struct F32 {

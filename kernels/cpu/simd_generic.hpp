@@ -84,16 +84,13 @@ inline V vnegate_even(V a) {
   for (int i = 0; i < 16; i += 2) a[i] = -a[i];
   return a;
 }
-using Columns = V[16];
-inline void transpose16(const char* rows, ptrdiff_t row_bytes, int n_rows, int n_words, Columns& columns) {
-  for (int w = 0; w < 16; ++w) columns[w] = V{};
-  for (int i = 0; i < n_rows; ++i)
-    for (int w = 0; w < n_words; ++w)
-      std::memcpy(reinterpret_cast<char*>(&columns[w]) + i * 4, rows + i * row_bytes + w * 4, 4);
+using Column = V;
+inline void transpose_quad(const char* rows, ptrdiff_t row_bytes, Column (&out)[4]) {
+  for (int i = 0; i < 16; ++i)
+    for (int w = 0; w < 4; ++w)
+      std::memcpy(reinterpret_cast<char*>(&out[w]) + i * 4, rows + i * row_bytes + w * 4, 4);
 }
-inline void store_columns(const Columns& columns, int n_words, uint32_t* out, ptrdiff_t out_stride) {
-  for (int w = 0; w < n_words; ++w) std::memcpy(out + w * out_stride, &columns[w], 64);
-}
+inline void column_store(uint32_t* p, Column a) { std::memcpy(p, &a, 64); }
 
 struct F32 {
   using E = float;
