@@ -100,6 +100,8 @@ def build_runner(
     name, lost = choose_backend(config.attention_backend, "cpu", config.dtype, spec.head_dim)
     log.info("attention backend %s (%s)", name, "; ".join(f"not {k}: {', '.join(v)}" for k, v in lost.items()))
     kernel_name = fastest_kernels(dtype) if kernels == "auto" else kernels
+    set_threads(config.threads or 1, kernel_name)
+    kernel_set = kernel_sets[kernel_name]()
     log.info("kernel set %s, %s threads", kernel_name, config.threads)
     geometry = geometry_of(spec, config, dtype)
     allocator = KvAllocator(
@@ -122,7 +124,7 @@ def build_runner(
         parts = Parts(
             spec,
             source,
-            kernel_sets[kernel_name](),
+            kernel_set,
             backends[name](spec),
             store,
             dtype=dtype,
@@ -130,17 +132,16 @@ def build_runner(
             on_tensor=count,
         )
         model = models[spec.architecture](parts)
-    return Runner(model, store, Sampler(spec.vocab))
+    return Runner(model, store, Sampler(spec.vocab, kernel_set.argmax))
 
 
-def set_threads(threads: int) -> None:
-    """Threads of a step, for PyTorch's operations and ours."""
-    torch.set_num_threads(threads)
-    try:
+def set_threads(threads: int, kernel_name: str) -> None:
+    """Threads of a step. Where the C++ kernels run, PyTorch's own pool would only take their cores: it gets one."""
+    torch.set_num_threads(threads if kernel_name == "torch" else 1)
+    if kernel_name == "cpu":
         from tessera_kernels import native
-    except ImportError:
-        return
-    native.set_threads(threads)
+
+        native.set_threads(threads)
 
 
 def fastest_kernels(dtype: torch.dtype) -> str:
@@ -185,7 +186,6 @@ def chunk_schedule(config: EngineConfig) -> ChunkSchedule | None:
 def build_engine(config: EngineConfig, *, kernels: str = "auto", progress: Progress | None = None) -> EngineLoop:
     """An engine in this process, ready to step. Raises ConfigError (LoadError) with value, range and fix."""
     resolved, spec, pool_groups = resolve(config)
-    set_threads(resolved.threads or 1)
     runner = build_runner(spec, resolved, pool_groups, kernels=kernels, progress=progress)
     geometry = runner.store.geometry
     ledger = KvLedger(pool_groups, geometry.groups_for, ADMISSION_RULES[resolved.admission])

@@ -85,6 +85,7 @@ def choose_backend(asked: str, device: str, dtype: str, head_dim: int) -> tuple[
         _ = backends[asked]  # raises, with the known names
     if reasons[asked]:
         raise ConfigError(
-            f"--attention-backend {asked} does not fit: {'; '.join(reasons[asked])}; use {' or '.join(['auto', *fitting])}"
+            f"--attention-backend {asked} does not fit: "
+            f"{'; '.join(reasons[asked])}; use {' or '.join(['auto', *fitting])}"
         )
     return asked, {}

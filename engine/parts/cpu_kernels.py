@@ -8,6 +8,7 @@ from engine.attention.cpu_vattn import CpuVattn
 from engine.parts.kernel_set import Layer, kernel_sets
 from engine.parts.layer import PreNormLayer
 from engine.runner.batch import Batch
+from tessera_kernels.argmax import argmax
 from tessera_kernels.decoder_layer import DecoderLayer, LayerWeights
 from tessera_kernels.embed import embed
 from tessera_kernels.linear import PackedLinear
@@ -81,6 +82,10 @@ class CpuKernels:
     ) -> torch.Tensor:
         """See KernelSet."""
         return rope_store(qkv, rope, batch.positions, batch.token_slots, k, v, heads)
+
+    def argmax(self, logits: torch.Tensor) -> torch.Tensor:
+        """See KernelSet."""
+        return argmax(logits)
 
     def fuse(self, layer: Layer) -> Layer:
         """See KernelSet: one call a layer, bitwise equal to its steps, where attention runs on these kernels too."""

@@ -66,6 +66,9 @@ class KernelSet(Protocol):
         only mapped rows may be touched. Returns the rotated queries, (N, H, D).
         """
 
+    def argmax(self, logits: torch.Tensor) -> torch.Tensor:
+        """logits: (R, V) float32. Returns (R,) int64: the first of the largest, a NaN above all."""
+
     def fuse(self, layer: Layer) -> Layer:
         """The layer with fewer launches where this set knows how, else the layer itself; results do not change."""
 

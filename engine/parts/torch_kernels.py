@@ -88,6 +88,10 @@ class TorchKernels:
         v[where] = new_v
         return rotate(q, cos, sin)  # (N, H, D)
 
+    def argmax(self, logits: torch.Tensor) -> torch.Tensor:
+        """See KernelSet."""
+        return logits.argmax(dim=-1)
+
     def fuse(self, layer: Layer) -> Layer:
         """See KernelSet: every step stays its own."""
         return layer

@@ -6,6 +6,7 @@ Randomness is a function of (request seed, output index) alone, so batching, pre
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -73,18 +74,25 @@ def sample_row(logits: torch.Tensor, params: SamplingParams, point: float) -> in
     return index if ids is None else int(ids[index])
 
 
+def torch_argmax(logits: torch.Tensor) -> torch.Tensor:
+    """(R, V) to (R,), by PyTorch."""
+    return logits.argmax(dim=-1)
+
+
 class Sampler:
     """Rows of logits to token ids. A row that is not finite ends its own request, never its neighbours."""
 
-    def __init__(self, vocab: int) -> None:
-        self.vocab = vocab
+    def __init__(self, vocab: int, argmax: Callable[[torch.Tensor], torch.Tensor] = torch_argmax) -> None:
+        """argmax: (R, V) float32 to (R,) int64, the first of equals, a NaN above all."""
+        self.vocab, self._argmax = vocab, argmax
 
     def __call__(self, logits: torch.Tensor, picks: list[Pick]) -> list[int]:
         """logits: (R, V) float32, may be changed. Returns R ids; -1 where a row has no finite maximum."""
         for row, pick in zip(logits, picks, strict=True):
             if pick.index < pick.params.min_tokens and pick.stop_ids:
                 row[[token for token in pick.stop_ids if token < self.vocab]] = float("-inf")
-        best, chosen = logits.max(dim=-1)
+        chosen = self._argmax(logits)  # (R,)
+        best = logits.gather(1, chosen[:, None])[:, 0]
         tokens: list[int] = chosen.tolist()
         for i, (peak, pick) in enumerate(zip(best.tolist(), picks, strict=True)):
             if not -3.4e38 < peak < 3.4e38:
