@@ -46,23 +46,28 @@ def groups(stats: KvStats) -> dict[str, int]:
 
 def comparable(stats: KvStats) -> dict[str, Any]:
     """All that the model and the native allocator must agree on: everything but times and what only Linux has."""
-    found = dataclasses.asdict(stats)
-    for name in ("map_wait_us", "grow_us", "driver_time_us", "descriptor", "inode", "mapping_budget"):
-        del found[name]
-    return found
+    hidden = ("map_wait_us", "grow_us", "driver_time_us", "descriptor", "inode", "mapping_budget")
+    return {f.name: getattr(stats, f.name) for f in dataclasses.fields(stats) if f.name not in hidden}
 
 
 def own_maps(stats: KvStats, kv: Any) -> tuple[int, int, int]:
     """From /proc/self/maps: bytes of the memfd mapped read-write, read-only, and mappings inside the regions."""
     spans = [(region.address, region.address + region.nbytes) for region in kv.regions]
+    lowest, highest = min(low for low, _ in spans), max(high for _, high in spans)
     writable = readable = mappings = 0
     for line in Path("/proc/self/maps").read_text().splitlines():
+        dash = line.index("-")
+        low = int(line[:dash], 16)
+        if low >= highest:
+            continue
+        high = int(line[dash + 1 : line.index(" ")], 16)
+        if high <= lowest:
+            continue
+        mappings += any(low < end and start < high for start, end in spans)
         fields = line.split(None, 5)
-        low, high = (int(part, 16) for part in fields[0].split("-"))
         if int(fields[4]) == stats.inode and "tessera-kv" in line:
             writable += (high - low) * fields[1].startswith("rw")
             readable += (high - low) * fields[1].startswith("r--")
-        mappings += any(low < end and start < high for start, end in spans)
     return writable, readable, mappings
 
 

@@ -103,6 +103,7 @@ class Allocator final : private Mapper::Work {
 
   [[nodiscard]] bool holds(std::int64_t slot, std::int64_t tokens) const noexcept;
   Refusal ensure_locked(Lock& lock, std::int64_t slot, std::int64_t tokens);
+  Refusal map_up_to(Lock& lock, std::int64_t slot, std::int64_t need);
   Refusal grow(std::int64_t slot, const Wanted& missing, std::int64_t need);
   GroupPtr obtain(std::int64_t slot, std::int64_t index, std::int64_t need);
   GroupPtr steal(Place place);

@@ -62,9 +62,18 @@ Refusal Allocator::ensure_locked(Lock& lock, std::int64_t slot, std::int64_t tok
   if (need > s.prefix) {
     wait_for_mapper(lock, slot);
     require_active(slot);
-  }
-  if (need > s.prefix) {
     const auto start = Mapper::Clock::now();
+    const Refusal refusal = need > s.prefix ? map_up_to(lock, slot, need) : Refusal{};
+    grow_ns_ += (Mapper::Clock::now() - start).count();
+    if (refusal.refused()) return refusal;
+  }
+  if (tokens > s.tokens) table_.set_tokens(slot, tokens);
+  return {};
+}
+
+Refusal Allocator::map_up_to(Lock& lock, std::int64_t slot, std::int64_t need) {
+  Slot& s = table_.at(slot);
+  for (bool waited = false;; waited = true) {
     if (!heal(slot, 0, need)) return refuse(Reason::driver, need - s.prefix, pool_.free());
     Wanted missing;
     for (std::int64_t index = s.prefix; index < need; ++index) {
@@ -76,19 +85,17 @@ Refusal Allocator::ensure_locked(Lock& lock, std::int64_t slot, std::int64_t tok
       return cheap >= count ? cheap : cheap + table_.look_ahead(slot, need);
     };
     std::int64_t available = obtainable();
-    if (available < count && mapper_.busy()) {  // what the mapper holds in its hands is ours as soon as it lands
+    if (available < count && mapper_.busy() && !waited) {
+      // What the mapper has in hand is ours as soon as it lands. Others run meanwhile and may take look-ahead pages of
+      // this very slot: everything is looked at again.
       wait_for_mapper(lock, -1);
       require_active(slot);
-      available = obtainable();
+      continue;
     }
     if (available < count && heal_all() > 0) available = obtainable();
     if (available < count) return refuse(Reason::pages, count, available);
-    const Refusal refusal = grow(slot, missing, need);
-    grow_ns_ += (Mapper::Clock::now() - start).count();
-    if (refusal.refused()) return refusal;
+    return grow(slot, missing, need);
   }
-  if (tokens > s.tokens) table_.set_tokens(slot, tokens);
-  return {};
 }
 
 Refusal Allocator::refuse(Reason reason, std::int64_t requested, std::int64_t free) {

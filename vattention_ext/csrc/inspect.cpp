@@ -70,8 +70,13 @@ Stats Allocator::stats() {
 }
 
 std::string Allocator::check() {
+  std::unique_lock<std::mutex> closing(closing_, std::defer_lock);
+  if (closed_.load()) closing.lock();  // waits for a close under way, which takes the two in this order
   Lock lock(mutex_);
-  if (closed_.load()) return pool_.live() == pool_.stranded() + table_.quarantined_positions() ? "" : "groups left after close";
+  if (closed_.load()) {
+    const bool left = closing.owns_lock() && table_.quarantined_positions() == 0 && pool_.live() != pool_.stranded();
+    return left ? "groups left after close" : "";
+  }
   mapper_.wait_not_busy(lock, -1);
   std::unordered_map<const Group*, std::int64_t> holders;
   std::int64_t kept = 0;
