@@ -99,7 +99,9 @@ class Scheduler:
         limit = min(self.length_limit - 1, self.policy.prompt_limit)
         if len(request.prompt) > limit:
             why = f"max_model_len={self.max_model_len}"
-            if self.length_limit < self.max_model_len:
+            if limit == self.policy.prompt_limit:
+                why = f"{why}; this policy starts prompts of at most {limit} tokens"
+            elif self.length_limit < self.max_model_len:
                 why += f", of which the KV pool holds {self.length_limit} for one request"
             raise RequestError(
                 f"the prompt has {len(request.prompt)} tokens; at most {limit} leave room for an output ({why})",
@@ -146,10 +148,8 @@ class Scheduler:
 
     def plan(self, now_s: float) -> StepPlan:
         """The next step. Empty when `depth` steps are in flight or nothing can run now."""
-        step_id = self._next_step
-        self._next_step += 1
         if self._batches >= self.depth:
-            return StepPlan(step_id)
+            return StepPlan(self._next_step)
         queues = self.queues
         draft = self.draft_class(
             queues,
@@ -160,7 +160,7 @@ class Scheduler:
             released=self._releases,
         )
         self.policy.fill(draft)
-        plan = draft.freeze(step_id)
+        plan = draft.freeze(self._next_step)
         self._releases = []
         self.totals["preempted"] += len(plan.preempted)
         for sequence in draft.ignored:
@@ -171,6 +171,7 @@ class Scheduler:
             if not queues.running:
                 self.ledger.restore()  # nothing holds memory, so nothing can be withheld from it
             return plan
+        self._next_step += 1  # empty plans take no number
         self._batches += bool(plan.chunks)
         self._flights.append(_Flight(plan, draft))
         return plan
