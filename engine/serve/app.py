@@ -88,6 +88,7 @@ async def _generate(request: Request, services: Services, parse: Callable[..., s
     """Both generating routes."""
     body = await read_json(request, services)
     model = _Model(services)
+    accepted_s = model.tools.clock.now_s()
     ask = parse(body, model.limits)
     samples = ask.params.n * max(1, len(ask.prompts))
     if services.reserved_samples + samples > services.config.max_waiting:
@@ -97,7 +98,8 @@ async def _generate(request: Request, services: Services, parse: Callable[..., s
     try:
         prompts = await _encode_all(model, ask)
         limits = _output_limits(ask, prompts, model.limits)
-        generation = Generation(model.tools, prompts, ask.params, max_tokens=limits, priority=ask.priority)
+        generation = Generation(model.tools, prompts, ask.params, max_tokens=limits, priority=ask.priority,
+                                accepted_s=accepted_s)
         shape = Shape(ask.chat, generation.name, int(wall_s()), ask.model, ask.include_usage)
         running = _Running(generation, seat, request)
         try:
@@ -291,6 +293,7 @@ def _add_operations(app: FastAPI, services: Services, drain: Callable[[], None])
     @app.get("/metrics")
     async def metrics() -> Response:
         services.metrics.loop_lag_s.set(services.loop_lag_s)
+        services.metrics.take_dropped_lines(services.dropped_lines())
         return Response(services.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     if services.admin_keys:

@@ -13,7 +13,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
-from typing import TypeVar
+from typing import TextIO, TypeVar
 
 import msgspec
 
@@ -94,7 +94,21 @@ def exit_when_closed(descriptor: int) -> None:
     threading.Thread(target=wait, name="lifeline", daemon=True).start()
 
 
-def log_to_stderr(level: str) -> None:
-    """Log lines of this process: one format, standard error, a full disk never raises."""
-    logging.raiseExceptions = False
-    logging.basicConfig(level=level.upper(), format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+class LogHandler(logging.StreamHandler[TextIO]):
+    """Standard error; a line that cannot be written is dropped and counted, and never raises."""
+
+    def __init__(self) -> None:
+        super().__init__(sys.stderr)
+        self.dropped = 0
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """A full disk, a closed terminal: serving goes on."""
+        self.dropped += 1
+
+
+def log_to_stderr(level: str) -> LogHandler:
+    """Log lines of this process, in one format, on standard error. Returns the handler, which counts what is lost."""
+    handler = LogHandler()
+    handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    return handler

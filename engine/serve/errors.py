@@ -16,9 +16,9 @@ TYPES = {
     429: "rate_limit_error", 431: "invalid_request_error", 500: "server_error", 503: "server_error",
 }  # fmt: skip
 CODES = {
-    400: "invalid_value", 401: "invalid_api_key", 403: "forbidden", 404: "not_found", 405: "method_not_allowed", 408: "timeout",
-    413: "request_too_large", 415: "unsupported_media_type", 431: "headers_too_large", 500: "internal_error",
-    503: "unavailable",
+    400: "invalid_value", 401: "invalid_api_key", 403: "forbidden", 404: "not_found", 405: "method_not_allowed",
+    408: "timeout", 413: "request_too_large", 415: "unsupported_media_type", 431: "headers_too_large",
+    500: "internal_error", 503: "unavailable",
 }  # fmt: skip
 SHOWN_CHARACTERS = 60
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from engine.core.clock import Clock
 from engine.core.request import MAX_SEED, SamplingParams
 from engine.serve import wire
-from engine.serve.engine_client import EngineClient
+from engine.serve.engine_client import EngineClient, EngineFailed
 from engine.serve.errors import ApiError
 from engine.serve.mailbox import Mailbox, Piece
 from engine.serve.metrics import Metrics
@@ -78,15 +78,18 @@ class Generation:
     """Samples prompt-major: choice index = prompt index * n + sample index."""
 
     def __init__(self, tools: Tools, prompts: Sequence[list[int]], params: SamplingParams, *, max_tokens: Sequence[int],
-                 priority: int) -> None:
-        """max_tokens: output tokens of each prompt, already within the context. params.max_tokens is not used."""
+                 priority: int, accepted_s: float) -> None:
+        """max_tokens: output tokens of each prompt, already within the context (params.max_tokens is not used).
+
+        accepted_s: when the request was whole; all its times count from there.
+        """
         from engine.tokenization import Detokenizer
 
         self.name = secrets.token_hex(12)
         self.mailbox = Mailbox(len(prompts) * params.n)
         self.prompt_tokens = sum(map(len, prompts))
         self._tools = tools
-        self._accepted_s = tools.clock.now_s()
+        self._accepted_s = accepted_s
         self._open = 0
         self._samples = [
             _Sample(f"{self.name}-{i}",
@@ -100,8 +103,11 @@ class Generation:
         ]
 
     def start(self) -> None:
-        """Send every sample to the engine."""
-        self._tools.engine.add(self._adds, self.mailbox)
+        """Send every sample to the engine. Raises ApiError 503 when it has just gone."""
+        try:
+            self._tools.engine.add(self._adds, self.mailbox)
+        except EngineFailed as error:
+            raise ApiError(503, f"{error}; try again later") from None
         self._open = len(self._samples)
         self._adds = []
         self._tools.metrics.prompt_tokens.inc(self.prompt_tokens)

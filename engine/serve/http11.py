@@ -7,6 +7,7 @@ parser (reliability rules R14, R15; faults F10, F24). Errors at this level have 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import sys
 from typing import Any
@@ -110,8 +111,14 @@ class GuardedProtocol(H11Protocol):
 
     def timeout_keep_alive_handler(self) -> None:
         """Idle long enough: close, and do not wait for ever for bytes that nobody reads."""
-        super().timeout_keep_alive_handler()
+        with contextlib.suppress(h11.LocalProtocolError):
+            super().timeout_keep_alive_handler()
         self.loop.call_later(LAST_WRITE_S, self._drop)
+
+    def shutdown(self) -> None:
+        """The server is ending. A connection in any state may be told so."""
+        with contextlib.suppress(h11.LocalProtocolError):
+            super().shutdown()
 
     def _drop_if_unread(self, cycle: object) -> None:
         if self.cycle is cycle and self.conn.their_state is h11.SEND_BODY:

@@ -160,6 +160,7 @@ class Supervisor:
         tokens = self.launch.engine.tokenizer or str(self.folder)
         services, spec = self.services, read_config(self.folder)
         text = TextPool(tokens, self.launch.server.text_workers)
+        text.on_restart = services.metrics.text_restarts.inc
         services.text = text
         engine.on_stats = services.metrics.take_stats
         engine.on_queued = services.metrics.queue_s.observe
@@ -173,6 +174,7 @@ class Supervisor:
         services.limits = Limits(names, facts.max_model_len, facts.vocab_size, defaults)
         services.tools = Tools(engine, tokenizer, tuple(facts.eos_ids), MonotonicClock(), services.metrics,
                                SeedSource(self.launch.engine.seed))
+        engine.on_progress("ready")
         log.info("%s", facts.summary)
         address = self.listener.getsockname()[:2]
         say(f"Ready. {curl_line(self.launch, address, names[0], chat=text.facts.has_template)}")
@@ -268,7 +270,7 @@ def find_model(launch: Launch) -> Path:
 def serve(launch: Launch, *, engine_command: Sequence[str] = ENGINE_COMMAND,
           find: Callable[[Launch], Path] = find_model) -> int:
     """Serve until told to stop. Returns the exit status: 0 drained, 1 the engine died, 2 the user can fix it."""
-    child.log_to_stderr(launch.server.log_level)
+    log_lines = child.log_to_stderr(launch.server.log_level)
     logging.getLogger("uvicorn").setLevel(logging.CRITICAL)  # its warnings are about clients; ours are counted
     listener = listen(launch.server)
     process = EngineProcess(engine_command)
@@ -278,7 +280,9 @@ def serve(launch: Launch, *, engine_command: Sequence[str] = ENGINE_COMMAND,
         import uvloop
 
         async def main() -> int:
-            return await Supervisor(launch, make_services(launch), process, folder, listener).run()
+            services = make_services(launch)
+            services.dropped_lines = lambda: log_lines.dropped
+            return await Supervisor(launch, services, process, folder, listener).run()
 
         return uvloop.run(main())
     except EngineFailed as error:

@@ -50,6 +50,7 @@ class Metrics:
         self.output_tokens = Counter("tessera_output_tokens", "tokens delivered", **own)
         self.failures = Counter("tessera_request_failures", "faults of ours that ended one request", **own)
         self.text_restarts = Counter("tessera_text_worker_restarts", "text workers killed and replaced", **own)
+        self.dropped_lines = Counter("tessera_log_lines_dropped", "log lines that could not be written", **own)
         self.loop_lag_s = Gauge("tessera_event_loop_lag_seconds", "worst delay of the event loop, last second", **own)
         self._page_bytes = self._pages_per_group = 1
         self._pages_used = Gauge("tessera_kv_pages_used", "physical pages that hold tokens of live samples", **own)
@@ -78,6 +79,11 @@ class Metrics:
             if grown > 0:
                 counter.inc(grown)
                 self._counted[key] += grown
+
+    def take_dropped_lines(self, count: int) -> None:
+        """Take over how many log lines were lost since the start."""
+        self.dropped_lines.inc(count - self._counted.setdefault("dropped_lines", 0.0))
+        self._counted["dropped_lines"] = count
 
     def text(self) -> bytes:
         """The exposition, Prometheus text format."""

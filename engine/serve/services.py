@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from engine.core.clock import wall_s
@@ -57,6 +57,7 @@ class Services:
     reserved_samples: int = 0  # samples admitted by the server and not yet ended
     bodies_bytes: int = 0
     loop_lag_s: float = 0.0
+    dropped_lines: Callable[[], int] = int  # log lines that could not be written
     created_s: int = field(default_factory=lambda: int(wall_s()))
 
     @property

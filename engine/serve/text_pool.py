@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import msgspec
@@ -70,6 +70,7 @@ class TextPool:
         self._restarting: set[asyncio.Task[None]] = set()
         self.facts = wire.TextReady(1, False)
         self.restarts = 0
+        self.on_restart: Callable[[], None] = lambda: None
 
     async def start(self) -> None:
         """Start every worker. Raises TextWorkerDied when the first one cannot load the tokenizer."""
@@ -137,6 +138,7 @@ class TextPool:
         finally:
             if healthy is None and worker is not None:
                 self.restarts += 1
+                self.on_restart()
                 self._replace(worker)
             else:
                 self._idle.put_nowait(healthy)

@@ -236,6 +236,7 @@ def test_a_full_disk_under_the_log_changes_nothing(tmp_path: Path, folder: Path)
     try:
         wait_ready(server)
         assert server.client().post(C, json={"prompt": "x", "max_tokens": 2}).status_code == 200
+        assert server.gauge("tessera_log_lines_dropped_total") > 0
     finally:
         assert stop(server) == 0
 
