@@ -48,7 +48,8 @@ class KvGeometry:
             fix = -(-self.token_bytes // _BASE_PAGE_BYTES) * _BASE_PAGE_BYTES
             raise ValueError(
                 f"page_bytes={self.page_bytes} is less than a token "
-                f"({self.token_bytes} bytes in layout {self.layout!r}); use at least {fix}" + (" or layout 'per_layer'" if self.layout == "mega" else "")
+                f"({self.token_bytes} bytes in layout {self.layout!r}); use at least {fix}"
+                + (" or layout 'per_layer'" if self.layout == "mega" else "")
             )
         if self.planes * self.region_bytes > _MAX_SLAB_BYTES:
             raise ValueError(

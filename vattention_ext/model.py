@@ -534,6 +534,7 @@ class KvModel:
             look_ahead_groups=counts[1],
             kept_groups=counts[2],
             quarantined_groups=counts[3] + len(self._stranded),
+            moving_groups=0,
             quarantined_positions=sum(len(slot.quarantined) for slot in self._slots),
             shared_groups=sum(len(group.holders) > 1 for group in groups),
             read_only_groups=sum(bool(group.holders) and group.writer is None for group in groups),

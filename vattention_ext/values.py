@@ -45,8 +45,9 @@ class OutOfSlots:
 class KvStats:
     """One moment of an allocator. A physical group is counted once, in the most urgent of its states:
 
-    total = free + in_use + look_ahead + kept + quarantined. in_use: holds tokens computed or in flight. look_ahead:
-    mapped beyond them in an active slot. kept: mapped in a released slot. quarantined: an unmap or destroy failed.
+    total = free + in_use + look_ahead + kept + quarantined + moving. in_use: holds tokens computed or in flight.
+    look_ahead: mapped beyond them in an active slot. kept: mapped in a released slot. quarantined: an unmap or
+    destroy failed. moving: in the mapper's hands at this moment (0 when its tickets are done and nothing expires).
     shared_groups (mapped in several slots) and read_only_groups (in no slot writable) are contained in these.
     mapped_bytes are virtual and writable, shared_bytes virtual and read-only, physical_bytes committed.
     driver_*: by verb, since the start. map_wait_us: foreground time spent waiting for the mapper; grow_us: spent
@@ -59,6 +60,7 @@ class KvStats:
     look_ahead_groups: int
     kept_groups: int
     quarantined_groups: int
+    moving_groups: int
     quarantined_positions: int
     shared_groups: int
     read_only_groups: int

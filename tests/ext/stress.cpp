@@ -126,7 +126,9 @@ int main(int argc, char** argv) {
     for (const std::int64_t planes : {2, 6}) {
       run(planes, "memfd", false, seed, rounds);
       run(planes, "fault", false, seed, rounds);
-      for (unsigned again = 0; again < 10; ++again) run(planes, again % 2 ? "fault" : "memfd", true, seed + again, 100000);
+      for (unsigned again = 0; again < 10; ++again) {
+        run(planes, again % 2 ? "fault" : "memfd", true, seed + again, 100000);
+      }
     }
   }
   std::printf("stress: %d broken\n", broken.load());

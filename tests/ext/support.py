@@ -38,7 +38,7 @@ def make(kind: str, shape: KvGeometry, **settings: Any) -> Any:
 
 def groups(stats: KvStats) -> dict[str, int]:
     """The group counts of a moment, without the zeros."""
-    names = ("free", "in_use", "look_ahead", "kept", "quarantined")
+    names = ("free", "in_use", "look_ahead", "kept", "quarantined", "moving")
     counts = {name: getattr(stats, f"{name}_groups") for name in names}
     assert sum(counts.values()) == stats.total_groups, counts
     return {name: count for name, count in counts.items() if count}

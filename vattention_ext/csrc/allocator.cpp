@@ -62,9 +62,9 @@ void Allocator::require_mappings_fit(const std::string& driver) const {
   const std::int64_t slots = std::min(geometry_.slots, options_.pool_groups);
   const std::int64_t least = geometry_.planes * (2 * slots + 1) + 2;
   if (least <= facts.mapping_budget) return;
-  throw std::invalid_argument(number(geometry_.slots) + " slots x " + number(geometry_.planes) + " planes need at least " +
-                              number(least) + " mappings, and driver '" + driver + "' may hold " +
-                              number(facts.mapping_budget) +
+  throw std::invalid_argument(number(geometry_.slots) + " slots x " + number(geometry_.planes) +
+                              " planes need at least " + number(least) + " mappings, and driver '" + driver +
+                              "' may hold " + number(facts.mapping_budget) +
                               " (from vm.max_map_count); use layout 'mega', fewer slots, or raise vm.max_map_count");
 }
 
@@ -79,7 +79,8 @@ void Allocator::require_slot(std::int64_t slot) const {
 
 void Allocator::require_active(std::int64_t slot) const {
   require_slot(slot);
-  if (!table_.at(slot).active) throw std::invalid_argument("slot=" + number(slot) + " is not acquired; acquire() first");
+  if (table_.at(slot).active) return;
+  throw std::invalid_argument("slot=" + number(slot) + " is not acquired; acquire() first");
 }
 
 void Allocator::require_tokens(std::int64_t tokens) const {
@@ -220,6 +221,11 @@ std::int64_t Allocator::tokens(std::int64_t slot) {
   require_open();
   require_slot(slot);
   return table_.at(slot).tokens;
+}
+
+std::vector<std::shared_ptr<Reservation>> Allocator::regions() {
+  const Lock lock(mutex_);
+  return regions_;
 }
 
 void Allocator::close() noexcept {

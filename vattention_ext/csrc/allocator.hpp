@@ -32,6 +32,7 @@ struct Options {
 
 struct Stats {
   std::int64_t total_groups, free_groups, in_use_groups, look_ahead_groups, kept_groups, quarantined_groups;
+  std::int64_t moving_groups;  // in the mapper's hands: created, not landed; or taken, not destroyed
   std::int64_t shared_groups, read_only_groups;
   std::int64_t active_slots, quarantined_positions;
   std::int64_t mapped_bytes;    // virtual, writable
@@ -80,7 +81,8 @@ class Allocator final : private Mapper::Work {
   [[nodiscard]] bool closed() const noexcept { return closed_.load(); }
 
   [[nodiscard]] const Geometry& geometry() const noexcept { return geometry_; }
-  [[nodiscard]] const std::vector<std::shared_ptr<Reservation>>& regions() const noexcept { return regions_; }
+  // One a plane; empty once closed.
+  std::vector<std::shared_ptr<Reservation>> regions();
   // Null unless the driver is "fault".
   [[nodiscard]] FaultDriver* faults() const noexcept { return faults_; }
 

@@ -1,7 +1,7 @@
 // The Python module vattention_ext._native: conversions and the GIL, nothing else.
 //
 // The GIL is let go around everything that may wait for the mapper or the kernel. The calls a step makes for slots
-// that hold their pages already do not let it go: they wait for nobody, and giving the GIL away costs more than they do.
+// that hold their pages already do not let it go: they wait for nobody, and giving the GIL away costs more than that.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
@@ -58,7 +58,8 @@ Pairs to_pairs(nb::handle wanted) {
   for (Py_ssize_t i = 0; i < count; ++i) {
     PyObject* item = PyList_Check(fast.ptr()) ? PyList_GetItem(fast.ptr(), i) : PyTuple_GetItem(fast.ptr(), i);
     if (item == nullptr) throw nb::python_error();
-    if (!PyTuple_Check(item) || PyTuple_Size(item) != 2) throw nb::type_error("each item must be a tuple (slot, tokens)");
+    const bool is_pair = PyTuple_Check(item) && PyTuple_Size(item) == 2;
+    if (!is_pair) throw nb::type_error("each item must be a tuple (slot, tokens)");
     pairs.emplace_back(to_count(PyTuple_GetItem(item, 0)), to_count(PyTuple_GetItem(item, 1)));
   }
   return pairs;
@@ -135,6 +136,7 @@ nb::dict stats(Allocator& self) {
       {"look_ahead_groups", s.look_ahead_groups},
       {"kept_groups", s.kept_groups},
       {"quarantined_groups", s.quarantined_groups},
+      {"moving_groups", s.moving_groups},
       {"quarantined_positions", s.quarantined_positions},
       {"shared_groups", s.shared_groups},
       {"read_only_groups", s.read_only_groups},
@@ -245,9 +247,10 @@ void bind_allocator(nb::module_& m) {
       .def("close", &Allocator::close, Freed())
       .def_prop_ro("closed", &Allocator::closed)
       .def_prop_ro("regions",
-                   [](const Allocator& self) {
+                   [](Allocator& self) {
+                     const nb::gil_scoped_release release;
                      std::vector<Region> regions;
-                     for (const auto& reservation : self.regions()) regions.push_back({reservation});
+                     for (auto& reservation : self.regions()) regions.push_back({std::move(reservation)});
                      return regions;
                    })
       .def("fail_at",

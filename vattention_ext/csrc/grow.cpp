@@ -197,7 +197,7 @@ Refusal Allocator::share(std::int64_t source, std::int64_t target, std::int64_t 
     require_active(source);
     require_active(target);
     const Slot& from = table_.at(source);
-    if (source == target) throw std::invalid_argument("a slot cannot share with itself: slot=" + std::to_string(source));
+    if (source == target) throw std::invalid_argument("slot=" + std::to_string(source) + " cannot share with itself");
     if (groups < 0 || groups > std::min(from.in_use, from.prefix)) {
       throw std::invalid_argument("groups=" + std::to_string(groups) + " is not in 0.." + std::to_string(from.in_use) +
                                   " (groups in use of slot " + std::to_string(source) + ")");

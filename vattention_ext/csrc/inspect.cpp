@@ -54,6 +54,8 @@ Stats Allocator::stats() {
   s.look_ahead_groups = counts[kLookAhead];
   s.kept_groups = counts[kKept];
   s.quarantined_groups += counts[kQuarantined];
+  s.moving_groups = pool_.live() - pool_.stranded();
+  for (const std::int64_t count : counts) s.moving_groups -= count;
   s.physical_bytes = pool_.live() * geometry_.planes * geometry_.page_bytes;
   s.refusals = refusals_;
   s.stolen_groups = stolen_;

@@ -45,7 +45,8 @@ std::int64_t count_own_maps() {
   return lines;
 }
 
-// Half of what is left once the process' present mappings and their growth are set aside: libraries load later.
+// What is left once the process' present mappings and an eighth of the limit are set aside: libraries load later,
+// and malloc maps, too.
 std::int64_t default_budget() {
   const std::int64_t limit = read_max_map_count();
   return std::max<std::int64_t>(0, limit - count_own_maps() - std::max<std::int64_t>(limit / 8, 1024));

@@ -18,7 +18,10 @@ void remove_holder(Group& group, std::int64_t slot) noexcept {
 }  // namespace
 
 SlotTable::SlotTable(Driver& driver, const Geometry& geometry, std::vector<Address> bases)
-    : driver_(driver), geometry_(geometry), bases_(std::move(bases)), slots_(static_cast<std::size_t>(geometry.slots)) {}
+    : driver_(driver),
+      geometry_(geometry),
+      bases_(std::move(bases)),
+      slots_(static_cast<std::size_t>(geometry.slots)) {}
 
 std::int64_t SlotTable::best_fit(std::int64_t need) const noexcept {
   std::int64_t best = -1;

@@ -1,0 +1,197 @@
+"""Races of the allocator, each forced in this process; test_races.py starts one of them and waits with a limit.
+
+    python -m tests.ext.race_child NAME SECONDS
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import random
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from tests.ext.support import geometry, groups, make
+
+
+def churn(seconds: float) -> None:
+    """Four threads acquire, grow, look ahead, share, shrink and release slots of one small pool; one looks."""
+    kv = make("memfd", geometry("mega", slots=12), pool_groups=30, release_after_s=0.002, floor_groups=1)
+    end = time.perf_counter() + seconds
+    failures: list[BaseException] = []
+
+    def guarded(work: Callable[[], None]) -> None:
+        try:
+            while time.perf_counter() < end and not failures:
+                work()
+        except BaseException as error:
+            failures.append(error)
+
+    def worker(seed: int) -> Callable[[], None]:
+        chance = random.Random(seed)
+
+        def work() -> None:
+            slots = [s for s in (kv.acquire(20), kv.acquire(5)) if isinstance(s, int)]
+            for _ in range(chance.randint(1, 20)):
+                for slot in slots:
+                    tokens = min(50, kv.tokens(slot) + chance.randint(0, 12))
+                    if kv.ensure(slot, tokens) is None:
+                        assert kv.mapped_tokens(slot) >= tokens == kv.tokens(slot)
+                    kv.look_ahead([(slot, min(50, tokens + 12))])
+                    if chance.random() < 0.1:
+                        kv.trim(slot, kv.tokens(slot) // 2)
+            if len(slots) == 2 and chance.random() < 0.5:
+                kv.set_tokens(slots[1], 0)
+                kv.share(slots[0], slots[1], kv.geometry.shareable_groups(kv.tokens(slots[0])))
+            for slot in slots:
+                kv.release(slot)
+
+        return work
+
+    def look() -> None:
+        kv.check()
+        groups(kv.stats())
+        time.sleep(0.001)
+
+    works = [*(worker(seed) for seed in range(4)), look]
+    threads = [threading.Thread(target=guarded, args=(work,)) for work in works]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if failures:
+        raise failures[0]
+    assert kv.stats().look_ahead_mapped > 0
+    kv.reclaim(0)
+    assert groups(kv.stats()) == {"free": 30}
+    kv.close()
+
+
+def close_while_busy(seconds: float) -> None:
+    """close() in the middle of a long queue: it returns, every ticket is done, every page is back."""
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        kv = make("memfd", geometry("per_layer", slots=8, max_tokens=400), pool_groups=200)
+        slots = [kv.acquire(0) for _ in range(8)]
+        tickets = [kv.look_ahead([(slot, 400) for slot in slots]) for _ in range(5)]
+        while kv.stats().look_ahead_mapped < 3:
+            pass
+        waiting = threading.Thread(target=tickets[-1].wait)
+        waiting.start()
+        kv.close()
+        waiting.join()
+        assert all(ticket.done for ticket in tickets)
+        kv.check()
+        assert kv.stats().free_groups == 200
+
+
+def release_while_mapping(seconds: float) -> None:
+    """A released slot gets no further look-ahead, and what was mapped for it is kept, whole, for the next."""
+    kv = make("memfd", geometry(max_tokens=400), pool_groups=150)
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        slot = kv.acquire(400)
+        ticket = kv.look_ahead([(slot, 400)])
+        kv.release(slot)
+        kept = kv.stats().kept_groups
+        assert ticket.wait(30)
+        stats = kv.stats()
+        assert stats.kept_groups == kept and stats.look_ahead_groups == 0
+        kv.reclaim(0)
+        assert groups(kv.stats()) == {"free": 150}
+    kv.close()
+
+
+def foreground_beats_look_ahead(seconds: float) -> None:
+    """Pages that the mapper took, or holds in its hands, are never missing to a growth that the books allow."""
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        kv = make("memfd", geometry(), pool_groups=5)
+        a, b = kv.acquire(0), kv.acquire(0)
+        kv.look_ahead([(a, 50)])
+        assert kv.ensure(b, 50) is None, "all five groups belong to b"
+        kv.trim(b, 0)
+        kv.look_ahead([(b, 50), (a, 50)])
+        assert kv.ensure(a, 50) is None
+        kv.check()
+        kv.close()
+
+
+def mapper_needs_no_gil(seconds: float) -> None:
+    """The mapper maps while this thread never lets the GIL go: it cannot be inside Python."""
+    sys.setswitchinterval(1000.0)
+    kv = make("memfd", geometry(max_tokens=400), pool_groups=100)
+    slot = kv.acquire(0)
+    ticket = kv.look_ahead([(slot, 400)])
+    end = time.perf_counter() + 30
+    while not ticket.done:  # an attribute: the GIL stays here
+        assert time.perf_counter() < end
+    assert kv.mapped_tokens(slot) == 400
+    kv.close()
+
+
+def waiting_lets_others_run(seconds: float) -> None:
+    """ticket.wait() lets the GIL go: another Python thread counts meanwhile."""
+    kv = make("memfd", geometry("per_layer", slots=8, max_tokens=2000), pool_groups=1500)
+    slots = [kv.acquire(0) for _ in range(8)]
+    counted = [0]
+    stop = threading.Event()
+
+    def count() -> None:
+        while not stop.is_set():
+            counted[0] += 1
+
+    thread = threading.Thread(target=count)
+    thread.start()
+    before = counted[0]
+    assert kv.look_ahead([(slot, 2000) for slot in slots]).wait(30)
+    assert counted[0] > before
+    stop.set()
+    thread.join()
+    kv.close()
+
+
+def close_from_two_threads(seconds: float) -> None:
+    """Both callers return after everything is gone; others see a closed allocator, not a crash."""
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        kv = make("memfd", geometry(max_tokens=400), pool_groups=100, release_after_s=0.0)
+        slots = [kv.acquire(0) for _ in range(3)]
+        seen: list[Any] = []
+
+        def use(slot: int, kv: Any = kv, seen: list[Any] = seen) -> None:
+            try:
+                for tokens in range(400):
+                    kv.ensure(slot, tokens)
+                    kv.look_ahead([(slot, 400)])
+            except RuntimeError as error:
+                seen.append(str(error))
+
+        def close(kv: Any = kv, seen: list[Any] = seen) -> None:
+            kv.close()
+            seen.append(kv.stats().physical_bytes)
+
+        threads = [threading.Thread(target=use, args=(slot,)) for slot in slots]
+        threads += [threading.Thread(target=close) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert seen.count(0) == 2 and all(s == 0 or "closed" in s for s in seen)
+        kv.check()
+
+
+SCENES = {
+    scene.__name__: scene
+    for scene in (
+        churn, close_while_busy, release_while_mapping, foreground_beats_look_ahead, mapper_needs_no_gil,
+        waiting_lets_others_run, close_from_two_threads,
+    )
+}
+
+if __name__ == "__main__":
+    faulthandler.dump_traceback_later(50, exit=True)
+    SCENES[sys.argv[1]](float(sys.argv[2]))
+    print("done")
