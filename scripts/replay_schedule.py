@@ -78,9 +78,8 @@ def policy_of(recording: Recording) -> Policy:
             max_tokens=params["chunk_schedule_max_tokens"],
             stages=params["chunk_schedule_stages"],
         )
-    chunk_tokens = params.get("chunk_size") if name != "vllm" else params.get("max_batched_tokens")
-    if name in ("orca", "faster_transformer"):
-        chunk_tokens = None
+    budget_of = {"vllm": "max_batched_tokens", "orca": None, "faster_transformer": None}.get(name, "chunk_size")
+    chunk_tokens = params.get(budget_of) if budget_of else None
     return make_policy(name, max_model_len=config["max_model_len"], chunk_tokens=chunk_tokens, schedule=schedule)
 
 

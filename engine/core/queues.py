@@ -45,10 +45,11 @@ class WaitingQueue:
         self._line(sequence).appendleft(sequence)
 
     def insert_by_arrival(self, sequence: Sequence) -> None:
-        """Before the first one of its priority that arrived later: a victim never overtakes an older one."""
+        """Before the first one of its priority that came later: a victim never overtakes an older one."""
         line = self._line(sequence)
         place = 0
-        while place < len(line) and line[place].order <= sequence.order:
+        age = (sequence.arrival_s, sequence.seq_id)
+        while place < len(line) and (line[place].arrival_s, line[place].seq_id) < age:
             place += 1
         line.insert(place, sequence)
 

@@ -258,13 +258,14 @@ class Scheduler:
     def fail_step(self, step_id: int, message: str) -> None:
         """The oldest submitted step was lost (the executor raised): its sequences end with an error.
 
-        Its slots are given back again by the next plan, because nobody knows how far it came.
+        Its releases are repeated by the next plan, because nobody knows how far it came; an executor takes the
+        release of a sequence that it does not hold for done.
         """
         if not self._flights or self._flights[0].plan.step_id != step_id:
             raise InvariantError(f"step {step_id} is not the one awaited")
         plan = self._flights.popleft().plan
         self._batches -= bool(plan.chunks)
-        self._releases.extend(plan.releases)
+        self._releases.extend(seq_id for seq_id in plan.releases if not self.ledger.holds(seq_id))
         failures = tuple(Failure(chunk.seq_id, chunk.epoch, message) for chunk in plan.chunks)
         news: list[Update] = []
         self._take_failures(failures, news)

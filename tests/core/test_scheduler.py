@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from engine.core.draft import StepDraft
+from engine.core.draft import StepDraft, requeue
 from engine.core.errors import ConfigError, InvariantError, RequestError
 from engine.core.ledger import EXACT, UPSTREAM, AdmissionRule
 from engine.core.loop import EngineLoop
@@ -309,6 +309,20 @@ def test_future_arrivals_wait_and_do_not_block_another_priority() -> None:
     scheduler.add(make_request("later", 5, arrival_s=10.0, priority=-1))
     scheduler.add(make_request("now", 5, arrival_s=1.0))
     assert [c.seq_id for c in scheduler.plan(1.0).chunks] == [1]
+
+
+def test_a_victim_goes_back_before_whoever_came_later() -> None:
+    """Also where all arrived at once, as the samples of one request do; upstream's rule puts it in front of all."""
+    for rule, order in ((EXACT, [0, 1, 2, 3]), (UPSTREAM, [2, 0, 1, 3])):
+        scheduler = make_scheduler(rule=rule)
+        for index in range(4):
+            scheduler.add(make_request(f"r{index}", 5))
+        waiting = scheduler.queues.waiting
+        victim = next(sequence for sequence in waiting if sequence.seq_id == 2)
+        waiting.remove(victim)
+        requeue(scheduler.queues, scheduler.ledger, victim)
+        assert [sequence.seq_id for sequence in waiting] == order
+        assert len(waiting) == 4
 
 
 # ---------------------------------------------------------------- preemption
