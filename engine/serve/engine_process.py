@@ -9,6 +9,7 @@ Life: die with the parent -> import -> read one EngineStart frame -> build -> Fa
 from __future__ import annotations
 
 import dataclasses
+import gc
 import logging
 import os
 import signal
@@ -274,6 +275,8 @@ def serve(start: wire.EngineStart, control: child.FrameWriter, build: Build) -> 
         socket.setsockopt(zmq.MAXMSGSIZE, wire.MAX_FRAME_BYTES)
         socket.connect(start.address)
         service = EngineService(built, socket)
+        gc.collect()
+        gc.freeze()  # what lives as long as the process is never looked at again: no long pause in a step
         threading.Thread(target=_beat, args=(service, control), name="heartbeat", daemon=True).start()
         control.send(built.facts)
         try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import gc
 import json
 import logging
 import shlex
@@ -174,6 +175,8 @@ class Supervisor:
         services.limits = Limits(names, facts.max_model_len, facts.vocab_size, defaults)
         services.tools = Tools(engine, tokenizer, tuple(facts.eos_ids), MonotonicClock(), services.metrics,
                                SeedSource(self.launch.engine.seed))
+        gc.collect()
+        gc.freeze()  # libraries and vocabulary: the collector need not walk them while clients wait
         engine.on_progress("ready")
         log.info("%s", facts.summary)
         address = self.listener.getsockname()[:2]

@@ -215,11 +215,14 @@ BODIES: list[tuple[bytes, str]] = [
     (b'{"prompt":"\\ud800 lone"}', "not valid JSON"),
     (b"\xef\xbb\xbf{}", "not valid JSON"),
     (b"\x00\x01\x02", "not valid JSON"),
-    (b"[" * 100_000, "nested deeper"),
-    (b'{"a":' * 100_000, "nested deeper"),
+    (b"[" * 100_000, "100000 lists"),
+    (b"[" * 60_000, "nested deeper"),
+    (b'{"a":' * 30_000, "nested deeper"),
     (b'{"prompt":' + b"[" * 65 + b"1" + b"]" * 65 + b"}", "nested deeper"),
     (b'{"prompt":' + b"[" * 900 + b"1" + b"]" * 900 + b"}", "nested deeper"),
-    (b"{" + b",".join(b'"k%d":{}' % i for i in range(40_000)) + b"}", "32768 keys"),
+    (b"{" + b",".join(b'"k%d":{}' % i for i in range(40_000)) + b"}", "40000 keys; at most 32768"),
+    (b'{"prompt":[' + b",".join([b"[1]"] * 70_000) + b"]}", "70002 lists"),
+    (b'{"prompt":[' + b"1," * 1_300_000 + b"1]}", "1300000 members"),
 ]
 
 
