@@ -291,10 +291,8 @@ struct Ahead {
 
   void some() {
     for (int n = rows < each ? rows : each; n > 0; --n, --rows, k += row_stride_bytes, v += row_stride_bytes) {
-      for (int i = 0; i < row_bytes; i += 64) {
-        __builtin_prefetch(k + i, 0, 2);
-        __builtin_prefetch(v + i, 0, 2);
-      }
+      for (int i = 0; i < row_bytes; i += 64) __builtin_prefetch(k + i, 0, 3);
+      for (int i = 0; i < row_bytes; i += 64) __builtin_prefetch(v + i, 0, 3);
     }
   }
 };
@@ -375,10 +373,17 @@ typename T::E* output_row(const Attention& a, const AttentionUnit& unit, const U
   return static_cast<typename T::E*>(a.out) + (token * a.heads + head) * a.head_dim;
 }
 
+// The first key a unit needs, down to a whole block.
+inline int first_key(const Attention& a, const AttentionUnit& unit, const UnitShape& u) {
+  const int seen = a.window > 0 && u.position0 + 1 > a.window ? (u.position0 + 1 - a.window) / kKeyBlock * kKeyBlock : 0;
+  return unit.split0 * kKeySplit > seen ? unit.split0 * kKeySplit : seen;
+}
+
 // The unit's rows of the block at `key0`, none where the heads of a token are not neighbours.
 template <class T>
-Ahead block_ahead(const Attention& a, const AttentionUnit& unit, const UnitShape& u, int key0, int key_end) {
+Ahead block_ahead(const Attention& a, const AttentionUnit& unit, const UnitShape& u, int key0) {
   constexpr ptrdiff_t kBytes = sizeof(typename T::E);
+  const int key_end = u.position0 + unit.tokens;
   const int left = key_end - key0 < kKeyBlock ? key_end - key0 : kKeyBlock;
   const bool dense = unit.heads == 1 || a.kv.head_stride == a.head_dim;
   const ptrdiff_t at = u.slot * a.kv.slot_stride + key0 * a.kv.token_stride + unit.head0 * a.kv.head_stride;
@@ -388,7 +393,8 @@ Ahead block_ahead(const Attention& a, const AttentionUnit& unit, const UnitShape
 }
 
 template <class T>
-void attend_unit(const Attention& a, const AttentionUnit& unit, char* scratch, float* partials) {
+void attend_unit(const Attention& a, const AttentionUnit& unit, const AttentionUnit* next, char* scratch,
+                 float* partials) {
   const UnitShape u = shape_of(a, unit);
   const int dim = a.head_dim;
   AttentionScratch<T> s;
@@ -397,15 +403,18 @@ void attend_unit(const Attention& a, const AttentionUnit& unit, char* scratch, f
   const int all_rows = unit.heads * u.rows;
   for (int r = 0; r < all_rows; ++r) reset_state(s.state + r * 4 + 2, s.total + r * dim, dim);
   const int key_end = u.position0 + unit.tokens;
-  int key_begin = a.window > 0 && u.position0 + 1 > a.window ? u.position0 + 1 - a.window : 0;
-  key_begin = key_begin / kKeyBlock * kKeyBlock;
+  const int key_begin = first_key(a, unit, u);
   for (int split = unit.split0; split < unit.split0 + unit.splits; ++split) {
     const int from = split * kKeySplit > key_begin ? split * kKeySplit : key_begin;
     const int to = (split + 1) * kKeySplit < key_end ? (split + 1) * kKeySplit : key_end;
     if (from >= to) continue;
     for (int r = 0; r < all_rows; ++r) reset_state(s.state + r * 4, s.acc + r * dim, dim);
     for (int key0 = from; key0 < to; key0 += kKeyBlock) {
-      Ahead ahead = block_ahead<T>(a, unit, u, key0 + kKeyBlock, key_end);
+      Ahead ahead = block_ahead<T>(a, unit, u, key0 + kKeyBlock);
+      if (key0 + kKeyBlock >= key_end && next != nullptr) {
+        const UnitShape n = shape_of(a, *next);
+        ahead = block_ahead<T>(a, *next, n, first_key(a, *next, n));
+      }
       for (int h = 0; h < unit.heads; ++h) {
         attend_block<T>(a, u, s, unit.head0 + h, h, key0, ahead);
         ahead.some();
@@ -492,7 +501,8 @@ template <class T>
 void attention_phase(const Attention& a, const AttentionPlan& plan, float* partials, Team& team) {
   const int64_t units = static_cast<int64_t>(plan.units.size()), merges = static_cast<int64_t>(plan.merges.size());
   team.phase(units, [&](int64_t i) {
-    attend_unit<T>(a, plan.units[static_cast<size_t>(i)], team.scratch(), partials);
+    const AttentionUnit* unit = &plan.units[static_cast<size_t>(i)];
+    attend_unit<T>(a, *unit, i + 1 < units ? unit + 1 : nullptr, team.scratch(), partials);
   });
   if (merges == 0) return;
   team.phase(merges, [&](int64_t i) {
