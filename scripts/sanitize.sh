@@ -1,10 +1,10 @@
 #!/bin/sh
 # Builds the allocator's C++ and its stress test under AddressSanitizer + UBSan and under ThreadSanitizer, and runs both.
-# Needs g++ or clang++ with the sanitizers' libraries; no Python. Any report or broken invariant ends with status 1.
+# Needs a C++ compiler with the sanitizers' libraries; no Python. Any report or broken invariant ends with status 1.
 #   scripts/sanitize.sh [rounds]      (CXX and BUILD choose the compiler and the folder)
 set -eu
 cd "$(dirname "$0")/.."
-cxx=${CXX:-g++}
+cxx=${CXX:-c++}
 build=${BUILD:-build/sanitize}
 rounds=${1:-3000}
 mkdir -p "$build"
