@@ -39,8 +39,8 @@ test-full: check ## make test with the slow tests
 check: $(STATE)/.ready-test ## ruff, mypy, manifests, import floors, lints, links
 	$(PY) -m scripts.check
 
-sanitize: $(STATE)/.ready-test ## the C++ allocator under AddressSanitizer and ThreadSanitizer
-	PYTHON="$(PY)" scripts/sanitize.sh
+sanitize: ## the C++ allocator under AddressSanitizer and ThreadSanitizer
+	scripts/sanitize.sh $(ARGS)
 
 environment: $(STATE)/.ready-test ## write environment.yml and environment-cuda.yml from requirements/versions.toml
 	$(PY) -m scripts.environment
