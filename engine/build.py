@@ -88,6 +88,22 @@ def fit_length(config: EngineConfig, geometry: KvGeometry, pool_groups: int, *, 
     return fits
 
 
+def within_mappings(config: EngineConfig, pool_groups: int, addressable_groups: int) -> int:
+    """The part of the pool that the system can map (Linux: vm.max_map_count mappings a process).
+
+    Raises ConfigError when the user sized the pool beyond it; a derived pool is lowered, and the log says so.
+    """
+    if pool_groups <= addressable_groups:
+        return pool_groups
+    fix = "use a larger --kv-page-bytes, a smaller pool or --max-num-seqs, or raise vm.max_map_count"
+    if config.kv_pool_bytes is not None or config.kv_pool_groups is not None or addressable_groups < 1:
+        raise ConfigError(
+            f"the KV pool has {pool_groups} page groups and the system can map {addressable_groups} of them; {fix}"
+        )
+    log.warning("KV pool lowered from %d to %d page groups: %s", pool_groups, addressable_groups, fix)
+    return addressable_groups
+
+
 def build_runner(
     spec: ModelSpec, config: EngineConfig, pool_groups: int, *, kernels: str = "auto", progress: Progress | None = None
 ) -> Runner:
@@ -188,6 +204,7 @@ def build_engine(config: EngineConfig, *, kernels: str = "auto", progress: Progr
     resolved, spec, pool_groups = resolve(config)
     runner = build_runner(spec, resolved, pool_groups, kernels=kernels, progress=progress)
     geometry = runner.store.geometry
+    pool_groups = within_mappings(config, pool_groups, runner.store.addressable_groups)
     ledger = KvLedger(pool_groups, geometry.groups_for, ADMISSION_RULES[resolved.admission])
     policy = make_policy(
         resolved.scheduler,

@@ -22,6 +22,16 @@ class SlotStore:
         self._slot: dict[int, int] = {}
         self._flat = [torch.from_dlpack(region).view(dtype) for region in allocator.regions]
 
+    @property
+    def addressable_groups(self) -> int:
+        """Groups that can be mapped whatever their order: each page may cost the process one kernel mapping, and
+        each slot one more a plane for its unmapped rest. Unbounded (a very large number) where a driver has no limit.
+        """
+        stats, g = self.allocator.stats(), self.geometry
+        if stats.mapping_budget < 0:
+            return 1 << 62
+        return max(0, (stats.mapping_budget - stats.mappings) // g.planes - g.slots)
+
     def apply(self, plan: StepPlan) -> frozenset[int]:
         """See KvStore. A refused sequence gives its slot back here; the scheduler preempts it."""
         for seq_id in plan.releases:

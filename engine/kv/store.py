@@ -16,6 +16,7 @@ class KvStore(Protocol):
     """Slots of a sequence's keys and values."""
 
     geometry: KvGeometry
+    addressable_groups: int
 
     def apply(self, plan: StepPlan) -> frozenset[int]:
         """Release, admit and map for one step. Returns the sequences whose memory was refused; they hold no slot."""

@@ -1,0 +1,47 @@
+"""What start-up refuses or lowers, with value and fix: lengths, pools and mappings that cannot fit."""
+
+from __future__ import annotations
+
+import pytest
+
+from engine.build import build_engine, within_mappings
+from engine.core.config import EngineConfig
+from engine.core.errors import ConfigError, LoadError
+from tests import models
+
+
+def test_a_derived_pool_is_lowered_to_what_can_be_mapped() -> None:
+    """vm.max_map_count bounds the ledger; a pool the user asked for is refused instead."""
+    derived, asked = EngineConfig(), EngineConfig(kv_pool_groups=100)
+    assert within_mappings(derived, 100, 1000) == 100
+    assert within_mappings(derived, 100, 40) == 40
+    with pytest.raises(ConfigError, match="100 page groups and the system can map 40"):
+        within_mappings(asked, 100, 40)
+    with pytest.raises(ConfigError, match="max_map_count"):
+        within_mappings(derived, 100, 0)
+
+
+def test_small_pages_for_a_large_pool_are_refused_with_the_fix() -> None:
+    """4 KiB pages under 1 GiB in per-layer slabs need more mappings than Linux gives a process."""
+    settings = {"kv_page_bytes": 4096, "kv_pool_bytes": 1 << 30, "kv_layout": "per_layer", "max_num_seqs": 8}
+    with pytest.raises(ConfigError, match="larger --kv-page-bytes"):
+        build_engine(EngineConfig(model=str(models.smollm2_dir()), max_model_len=512, **settings))
+
+
+def test_a_derived_length_is_lowered_and_an_explicit_one_refused() -> None:
+    """A pool smaller than the model's context shortens requests, unless that length was asked for."""
+    folder = str(models.smollm2_dir())
+    engine = build_engine(EngineConfig(model=folder, kv_pool_bytes=24 << 20, max_num_seqs=2))
+    assert engine.scheduler.max_model_len == (24 << 20) // 2 // 11520
+    engine.close()
+    with pytest.raises(ConfigError, match="--max-model-len 8192 needs"):
+        build_engine(EngineConfig(model=folder, kv_pool_bytes=24 << 20, max_model_len=8192))
+
+
+def test_an_unknown_architecture_is_named(tmp_path: object) -> None:
+    """A checkpoint of a family that is not built says which ones are."""
+    folder = models.tiny_llama_dir(tmp_path, 1)
+    config = folder / "config.json"
+    config.write_text(config.read_text().replace("LlamaForCausalLM", "MambaForCausalLM"))
+    with pytest.raises(LoadError, match=r"MambaForCausalLM.*LlamaForCausalLM, Qwen2ForCausalLM"):
+        build_engine(EngineConfig(model=str(folder)))
