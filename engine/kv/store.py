@@ -16,7 +16,10 @@ class KvStore(Protocol):
     """Slots of a sequence's keys and values."""
 
     geometry: KvGeometry
-    addressable_groups: int
+
+    @property
+    def addressable_groups(self) -> int:
+        """Groups that the system can map, whatever their order."""
 
     def apply(self, plan: StepPlan) -> frozenset[int]:
         """Release, admit and map for one step. Returns the sequences whose memory was refused; they hold no slot."""

@@ -89,7 +89,7 @@ class CpuKernels:
 
     def fuse(self, layer: Layer) -> Layer:
         """See KernelSet: one call a layer, bitwise equal to its steps, where attention runs on these kernels too."""
-        if not isinstance(layer, PreNormLayer) or not isinstance(layer.attention.backend, CpuVattn):
+        if not (isinstance(layer, PreNormLayer) and isinstance(layer.attention.backend, CpuVattn)):
             return layer
         attention, mlp = layer.attention, layer.mlp
         weights = LayerWeights(
@@ -107,7 +107,7 @@ class CpuKernels:
             attention.v,
             attention.heads,
             eps=layer.input_norm.eps,
-            scale=attention.backend.scale,
+            scale=layer.attention.backend.scale,
             window=attention.window,
         )
         return lambda hidden, batch: fused(hidden, batch)
