@@ -10,15 +10,17 @@ import shlex
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
 
 from tests.models import smollm2_dir
-from tests.serve.harness import REAL, Server, launch, stop, wait_ready, wait_until
+from tests.serve.harness import REAL, ROOT, Server, launch, stop, wait_ready, wait_until
 
 NAME = "smollm2"
 PARIS: list[Any] = [{"role": "user", "content": "What is the capital of France?"}]
@@ -62,8 +64,8 @@ def test_the_ready_line_is_a_curl_that_works(server: Server) -> None:
 
 def test_streaming_equals_not_streaming(client: openai.OpenAI) -> None:
     """Chat and completions, byte for byte."""
-    ask: dict[str, Any] = {"model": NAME, "temperature": 0, "max_tokens": 40}
-    for prompt in ("The story of the little", "def fibonacci(n):", "Zürich, 東京 and 🙂"):
+    ask: dict[str, Any] = {"model": NAME, "temperature": 0, "max_tokens": 24}
+    for prompt in ("The story of the little", "Zürich, 東京 and 🙂"):
         whole = client.completions.create(prompt=prompt, **ask).choices[0].text
         assert whole == "".join(c.choices[0].text for c in client.completions.create(prompt=prompt, stream=True, **ask))
     whole = client.chat.completions.create(messages=PARIS, **ask).choices[0].message.content or ""
@@ -149,3 +151,66 @@ def test_sigkill_of_the_engine_is_survived_by_the_truth(server: Server) -> None:
             last = list(lines)[-1]
         assert "error" in json.loads(last.removeprefix("data: ")) and time.monotonic() - begin_s < 2
     assert server.process.wait(10) == 1
+
+
+def _broken(folder: Path, how: str) -> Path:
+    """A copy of SmolLM2's folder with one thing wrong."""
+    good = smollm2_dir()
+    folder.mkdir()
+    for file in good.iterdir():
+        (folder / file.name).symlink_to(file)
+    name = {"weights": "model.safetensors", "tokenizer": "tokenizer.json"}.get(how, "config.json")
+    (folder / name).unlink()
+    if how == "weights":
+        with (good / name).open("rb") as source:
+            (folder / name).write_bytes(source.read(1 << 20))
+    elif how == "architecture":
+        (folder / name).write_text((good / name).read_text().replace("LlamaForCausalLM", "EvilForCausalLM"))
+    else:
+        (folder / name).write_text("{")
+    return folder
+
+
+@pytest.mark.parametrize(("how", "words"), [
+    ("missing", "no such folder"), ("config", "config.json"), ("tokenizer", "tokenizer.json"),
+    ("weights", "model.safetensors"), pytest.param("architecture", "EvilForCausalLM", marks=pytest.mark.slow),
+    pytest.param("length", "use --max-model-len", marks=pytest.mark.slow),
+])  # fmt: skip
+def test_a_model_that_cannot_be_served_is_one_line(tmp_path: Path, how: str, words: str) -> None:
+    """Exit status 2 within 10 s (more on a loaded machine), the file named, no traceback, nothing left running."""
+    flags = ["--model", str(tmp_path / "model")]
+    if how == "length":
+        flags = ["--model", str(smollm2_dir()), "--max-model-len", "8192", "--kv-pool-bytes", "8MiB"]
+    elif how != "missing":
+        _broken(tmp_path / "model", how)
+    done = subprocess.run([sys.executable, "-m", REAL, "--port", "0", "--log-level", "error", *flags], cwd=ROOT,
+                          capture_output=True, text=True, timeout=60)
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    assert done.returncode == 2 and len(lines) == 1 and words in lines[0], done.stderr
+
+
+@pytest.mark.slow
+def test_a_preemption_storm_ends_and_changes_no_text(tmp_path: Path) -> None:
+    """KV for a fraction of what runs: everything finishes, equal to the same alone, with few preemptions each."""
+    flags = ["--model", str(smollm2_dir()), "--served-model-name", NAME, "--dtype", "float32", "--max-model-len", "512",
+             "--max-num-seqs", "32", "--kv-pool-bytes", "48MiB", "--kv-page-bytes", "256KiB"]  # fmt: skip
+    server = launch(tmp_path, *flags, module=REAL)
+    ask: dict[str, Any] = {"model": NAME, "temperature": 0, "max_tokens": 120, "extra_body": {"ignore_eos": True}}
+    prompts = [f"Chapter {i}. " * 8 for i in range(24)]
+
+    async def storm() -> None:
+        async with openai.AsyncOpenAI(base_url=f"{server.base}/v1", api_key="x", max_retries=0, timeout=200) as http:
+            async def one(prompt: str) -> str:
+                return (await http.completions.create(prompt=prompt, **ask)).choices[0].text
+
+            alone = [await one(prompt) for prompt in prompts[:3]]
+            got = await asyncio.gather(*(one(prompt) for prompt in prompts))
+            assert got[:3] == alone
+
+    try:
+        wait_ready(server, 90)
+        asyncio.run(storm())
+        assert 0 < server.gauge("tessera_preemptions_total") <= 3 * len(prompts)
+        assert wait_until(lambda: server.gauge("tessera_kv_pages_used") == 0, 3)
+    finally:
+        assert stop(server) == 0
