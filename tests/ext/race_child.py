@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 from tests.ext.support import geometry, groups, make
+from vattention_ext import KvGeometry
 
 
 def churn(seconds: float) -> None:
@@ -99,6 +100,16 @@ def release_while_mapping(seconds: float) -> None:
         assert ticket.wait(30)
         stats = kv.stats()
         assert stats.kept_groups == kept and stats.look_ahead_groups == 0
+        slot, mapped = kv.acquire(400), stats.look_ahead_mapped
+        ticket = kv.look_ahead([(slot, 400)])
+        while kv.stats().look_ahead_mapped < mapped + 2:
+            pass
+        kv.release(slot)
+        kept = kv.stats().kept_groups
+        assert kv.acquire(400) == slot, "the next request gets the pages"
+        assert ticket.wait(30)
+        assert kv.stats().look_ahead_groups == kept, "and not what the last one had asked for"
+        kv.release(slot)
         kv.reclaim(0)
         assert groups(kv.stats()) == {"free": 150}
     kv.close()
@@ -107,14 +118,19 @@ def release_while_mapping(seconds: float) -> None:
 def foreground_beats_look_ahead(seconds: float) -> None:
     """Pages that the mapper took, or holds in its hands, are never missing to a growth that the books allow."""
     end = time.perf_counter() + seconds
+    chance = random.Random(1)
+    large = KvGeometry(30, 3, 64, 2, 450, 4, 1 << 20)  # a page takes long enough to be met half way
+    assert large.groups_per_slot == 5
     while time.perf_counter() < end:
-        kv = make("memfd", geometry(), pool_groups=5)
+        kv = make("memfd", large, pool_groups=5)
         a, b = kv.acquire(0), kv.acquire(0)
-        kv.look_ahead([(a, 50)])
-        assert kv.ensure(b, 50) is None, "all five groups belong to b"
+        kv.look_ahead([(a, 450)])
+        time.sleep(chance.random() * 0.003)
+        assert kv.ensure(b, 450) is None, "all five groups belong to b"
         kv.trim(b, 0)
-        kv.look_ahead([(b, 50), (a, 50)])
-        assert kv.ensure(a, 50) is None
+        kv.look_ahead([(b, 450), (a, 450)])
+        time.sleep(chance.random() * 0.003)
+        assert kv.ensure(a, 450) is None
         kv.check()
         kv.close()
 
