@@ -102,7 +102,7 @@ def release_while_mapping(seconds: float) -> None:
         assert stats.kept_groups == kept and stats.look_ahead_groups == 0
         slot, mapped = kv.acquire(400), stats.look_ahead_mapped
         ticket = kv.look_ahead([(slot, 400)])
-        while kv.stats().look_ahead_mapped < mapped + 2:
+        while not ticket.done and kv.stats().look_ahead_mapped < mapped + 2:
             pass
         kv.release(slot)
         kept = kv.stats().kept_groups
