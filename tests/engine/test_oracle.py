@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from tessera_kernels import native
 
 from engine.runner.batch import Row, pack
 from tests import models
@@ -173,3 +174,57 @@ def test_smollm2_equals_the_oracle() -> None:
     for prompt, ours in zip(many, outputs, strict=True):
         oracle.judge_forced(judge, prompt, ours, verdict)
     verdict.check()
+
+
+def test_dynamic_rope_uses_one_base_for_the_longest_sequence(tmp_path: Path) -> None:
+    """Dynamic NTK: the base of max_model_len for every token, so the oracle is plain rope with that base."""
+    trained, served, factor, theta = 128, 256, 2.0, 10000.0
+    scaled = {"rope_type": "dynamic", "rope_theta": theta, "factor": factor}
+    folder = models.tiny_llama_dir(tmp_path / "a", 3, max_position_embeddings=trained, rope_parameters=scaled)
+    head_dim = oracle.load_oracle(folder).config.head_dim
+    stretched = theta * (factor * served / trained - (factor - 1)) ** (head_dim / (head_dim - 2))
+    for length, base in ((served, stretched), (trained, theta)):
+        plain = {"rope_type": "default", "rope_theta": base}
+        judge = oracle.load_oracle(
+            models.tiny_llama_dir(tmp_path / str(length), 3, max_position_embeddings=served, rope_parameters=plain)
+        )
+        engine = oracle.make_engine(folder, max_model_len=length)
+        many = oracle.prompts(16, judge.config.vocab_size, 4, 1, length - 20)
+        verdict = oracle.Verdict()
+        for prompt, ours in zip(many, oracle.run_greedy(engine, many, 8), strict=True):
+            oracle.compare(oracle.greedy_truth(judge, prompt, 8), ours, verdict)
+        engine.close()
+        verdict.check()
+
+
+def test_sliding_window_equals_the_oracle(tmp_path: Path) -> None:
+    """Qwen2 with a window on its later layers: a query sees the window and no more, in chunks and decodes."""
+    window = {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}
+    folder = models.tiny_qwen2_dir(tmp_path, 5, **window)
+    judge = oracle.load_oracle(folder)
+    many = oracle.prompts(24, judge.config.vocab_size, 6, 1, 90)
+    truths = [oracle.greedy_truth(judge, prompt, OUTPUTS) for prompt in many]
+    for settings in ({}, {"chunk_tokens": 7}, {"kernels": "torch", "attention_backend": "torch_vattn"}):
+        engine = oracle.make_engine(folder, **settings)
+        verdict = oracle.Verdict()
+        for truth, ours in zip(truths, oracle.run_greedy(engine, many, OUTPUTS), strict=True):
+            oracle.compare(truth, ours, verdict)
+        engine.close()
+        verdict.check()
+
+
+def test_bf16_does_not_depend_on_the_schedule() -> None:
+    """The C++ kernels promise more than the oracle asks: in bf16, too, every schedule gives the same tokens."""
+    folder = models.smollm2_dir()
+    many = oracle.prompts(12, 49152, 13, 1, 80)
+    settings: list[dict[str, Any]] = [
+        {}, {"chunk_tokens": 7}, {"kv_layout": "per_layer", "chunk_tokens": 64}, {"scheduler": "vllm", "threads": 1},
+    ]  # fmt: skip
+    outputs = []
+    for some in settings:
+        engine = oracle.make_engine(folder, dtype="bfloat16", max_model_len=256, kv_pool_bytes=512 << 20, **some)
+        if not native.available(torch.bfloat16):
+            pytest.skip("this CPU has no bf16 kernels; PyTorch's promise nothing about batches")
+        outputs.append(oracle.run_greedy(engine, many, 16))
+        engine.close()
+    assert all(output == outputs[0] for output in outputs[1:])
