@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from tessera_kernels import native
 
 from engine.runner.batch import Row, pack
+from tessera_kernels import native
 from tests import models
 from tests.engine import oracle
 
