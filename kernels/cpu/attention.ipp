@@ -123,8 +123,7 @@ constexpr int kDirectRows = 8;
 
 template <class T, int MR>
 void scores_direct(const typename T::E* q, const typename T::E* k, ptrdiff_t token_stride, int dim, float* scores) {
-  // Several key groups side by side, or the chains' latency would bound the speed.
-  constexpr int kGroups = MR <= 4 ? 4 : 2;
+  constexpr int kGroups = 2;  // side by side, or the chains' latency would bound the speed; four spill registers
   const ptrdiff_t row_bytes = token_stride * static_cast<ptrdiff_t>(sizeof(typename T::E));
   const ptrdiff_t q_bytes = dim * static_cast<ptrdiff_t>(sizeof(typename T::E));
   const int words = dim / T::kWord;
@@ -136,17 +135,17 @@ void scores_direct(const typename T::E* q, const typename T::E* k, ptrdiff_t tok
 #pragma GCC unroll 4
       for (int g = 0; g < kGroups; ++g) acc[r][g] = vzero();
     }
-    for (int w = 0; w < words; w += 4) {
+    for (int w = 0; w < words; w += kColumns) {
       const char* a = reinterpret_cast<const char*>(q) + w * 4;
 #pragma GCC unroll 4
       for (int g = 0; g < kGroups; ++g) {
-        Column quad[4];
-        transpose_quad(from + g * 16 * row_bytes + w * 4, row_bytes, quad);
-#pragma GCC unroll 4
-        for (int i = 0; i < 4; ++i) {
+        Column columns[kColumns];
+        transpose_columns(from + g * 16 * row_bytes + w * 4, row_bytes, columns);
+#pragma GCC unroll 8
+        for (int i = 0; i < kColumns; ++i) {
 #pragma GCC unroll 8
           for (int r = 0; r < MR; ++r)
-            acc[r][g] = T::mac(acc[r][g], T::word_all(a + r * q_bytes + i * 4), T::word_of(quad[i]));
+            acc[r][g] = T::mac(acc[r][g], T::word_all(a + r * q_bytes + i * 4), T::word_of(columns[i]));
         }
       }
     }

@@ -192,23 +192,23 @@ void gemm_phase(const Gemm& g, Team& team) {
 template <class OnColumn>
 __attribute__((always_inline)) inline void for_columns(const char* rows, ptrdiff_t row_bytes, int count, int words,
                                                        const OnColumn& column) {
-  Column quad[4];
+  Column columns[kColumns];
   if (count == 16) {
     int w = 0;
-    for (; w + 4 <= words; w += 4) {
-      transpose_quad(rows + w * 4, row_bytes, quad);
-#pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) column(w + i, quad[i]);
+    for (; w + kColumns <= words; w += kColumns) {
+      transpose_columns(rows + w * 4, row_bytes, columns);
+#pragma GCC unroll 8
+      for (int i = 0; i < kColumns; ++i) column(w + i, columns[i]);
     }
     if (w == words) return;
   }
   // An edge: by way of a copy with zeros where nothing may be read.
-  for (int w = count == 16 ? words / 4 * 4 : 0; w < words; w += 4) {
-    const int n = words - w < 4 ? words - w : 4;
-    uint32_t copy[16][4] = {};
+  for (int w = count == 16 ? words / kColumns * kColumns : 0; w < words; w += kColumns) {
+    const int n = words - w < kColumns ? words - w : kColumns;
+    uint32_t copy[16][kColumns] = {};
     for (int r = 0; r < count; ++r) std::memcpy(copy[r], rows + r * row_bytes + w * 4, static_cast<size_t>(n) * 4);
-    transpose_quad(reinterpret_cast<const char*>(copy), 16, quad);
-    for (int i = 0; i < n; ++i) column(w + i, quad[i]);
+    transpose_columns(reinterpret_cast<const char*>(copy), sizeof(copy[0]), columns);
+    for (int i = 0; i < n; ++i) column(w + i, columns[i]);
   }
 }
 

@@ -47,27 +47,36 @@ inline V vnegate_even(V a) {
   return _mm512_castsi512_ps(_mm512_xor_si512(_mm512_castps_si512(a), sign));
 }
 
-// Four dwords of each of 16 rows, row r at rows + r * row_bytes: column i into out[i]. The four 128-bit quarters are
-// gathered by masked loads, which leaves half the shuffles of a transposition in registers.
+// Eight dwords of each of 16 rows, row r at rows + r * row_bytes: column i into out[i]. Pairs of rows are loaded into
+// the halves of a register, which leaves three shuffles a column where whole-row loads would need four.
 using Column = __m512i;
-__attribute__((always_inline)) inline void transpose_quad(const char* rows, ptrdiff_t row_bytes, Column (&out)[4]) {
-  __m512i a[4];
-#pragma GCC unroll 4
-  for (int j = 0; j < 4; ++j) {
-    const auto quarter = [&](int i) {
-      return _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows + (j + 4 * i) * row_bytes));
-    };
-    a[j] = _mm512_broadcast_i32x4(quarter(0));
-    a[j] = _mm512_mask_broadcast_i32x4(a[j], 0x00f0, quarter(1));
-    a[j] = _mm512_mask_broadcast_i32x4(a[j], 0x0f00, quarter(2));
-    a[j] = _mm512_mask_broadcast_i32x4(a[j], 0xf000, quarter(3));
+constexpr int kColumns = 8;
+__attribute__((always_inline)) inline void transpose_columns(const char* rows, ptrdiff_t row_bytes,
+                                                             Column (&out)[kColumns]) {
+  __m512i r[8], t[8];
+#pragma GCC unroll 8
+  for (int j = 0; j < 8; ++j) {  // rows j and j + 4, then 8 + j and 12 + j
+    const char* low = rows + (j < 4 ? j : j + 4) * row_bytes;
+    r[j] = _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(low)));
+    r[j] = _mm512_inserti64x4(r[j], _mm256_loadu_si256(reinterpret_cast<const __m256i*>(low + 4 * row_bytes)), 1);
   }
-  const __m512i t0 = _mm512_unpacklo_epi32(a[0], a[1]), t1 = _mm512_unpackhi_epi32(a[0], a[1]);
-  const __m512i t2 = _mm512_unpacklo_epi32(a[2], a[3]), t3 = _mm512_unpackhi_epi32(a[2], a[3]);
-  out[0] = _mm512_unpacklo_epi64(t0, t2);
-  out[1] = _mm512_unpackhi_epi64(t0, t2);
-  out[2] = _mm512_unpacklo_epi64(t1, t3);
-  out[3] = _mm512_unpackhi_epi64(t1, t3);
+#pragma GCC unroll 4
+  for (int j = 0; j < 8; j += 2) {
+    t[j] = _mm512_unpacklo_epi32(r[j], r[j + 1]);
+    t[j + 1] = _mm512_unpackhi_epi32(r[j], r[j + 1]);
+  }
+#pragma GCC unroll 2
+  for (int j = 0; j < 8; j += 4) {
+    r[j] = _mm512_unpacklo_epi64(t[j], t[j + 2]);
+    r[j + 1] = _mm512_unpackhi_epi64(t[j], t[j + 2]);
+    r[j + 2] = _mm512_unpacklo_epi64(t[j + 1], t[j + 3]);
+    r[j + 3] = _mm512_unpackhi_epi64(t[j + 1], t[j + 3]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    out[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
+    out[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
+  }
 }
 inline void column_store(uint32_t* p, Column a) { _mm512_storeu_si512(p, a); }
 

@@ -85,9 +85,10 @@ inline V vnegate_even(V a) {
   return a;
 }
 using Column = V;
-inline void transpose_quad(const char* rows, ptrdiff_t row_bytes, Column (&out)[4]) {
+constexpr int kColumns = 8;
+inline void transpose_columns(const char* rows, ptrdiff_t row_bytes, Column (&out)[kColumns]) {
   for (int i = 0; i < 16; ++i)
-    for (int w = 0; w < 4; ++w)
+    for (int w = 0; w < kColumns; ++w)
       std::memcpy(reinterpret_cast<char*>(&out[w]) + i * 4, rows + i * row_bytes + w * 4, 4);
 }
 inline void column_store(uint32_t* p, Column a) { std::memcpy(p, &a, 64); }
