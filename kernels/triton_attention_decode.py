@@ -1,0 +1,290 @@
+"""Decode attention over KV slabs on a GPU: one query token a sequence, split along the cache, GQA packed.
+
+It knows slots as rows of a strided view. Rows at or past a sequence's kv_len are never touched: every address is
+clamped below it, so nothing beyond need be mapped. Lengths are read on the device and the grid is a constant of the
+device, so a launch can stand in a CUDA graph while lengths change.
+
+Work is cut evenly: all (sequence, kv head, tile of keys) units stand in one line and each of P programs takes an equal
+stretch of it, whatever the lengths. A stretch that covers only part of a (sequence, head) leaves its sums in a
+workspace; whoever of its programs is last adds them up (split-KV as in Flash-Decoding, stretches as in Stream-K,
+Osama et al. 2023, arXiv:2301.03598).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from tessera_kernels.attention_slots import attention_reference
+from tessera_kernels.checks import require, require_ints
+from tessera_kernels.triton_support import (
+    LOG2_E,
+    early,
+    gdc_launch,
+    gdc_wait,
+    power_of_two,
+    precision,
+    require_float,
+    settings_for,
+    slab_of,
+    sms_of,
+)
+
+OVER_READ_TOKENS = 0
+MIN_TILES = 2  # a program takes at least this many tiles, so that short batches are not cut to dust
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeConfig:
+    """How the kernel is cut: keys a tile, query rows a tile (16 at least), warps, tiles in flight, programs a
+    multiprocessor."""
+
+    keys: int = 64
+    rows: int = 16
+    warps: int = 4
+    stages: int = 3
+    programs_per_sm: int = 2
+
+
+@dataclass(slots=True)
+class DecodeWorkspace:
+    """Where partial sums wait: one per engine, shared by its layers, as they run one after the other.
+
+    partial (2P, H/G, D), stats (2P, 2, H/G) fp32; arrived (most sequences * G,) int32, all zero between launches.
+    """
+
+    partial: torch.Tensor
+    stats: torch.Tensor
+    arrived: torch.Tensor
+    programs: int
+    config: DecodeConfig
+
+    @classmethod
+    def make(
+        cls, q: torch.Tensor, heads: int, kv_heads: int, dim: int, max_sequences: int,
+        config: DecodeConfig | None = None,
+    ) -> DecodeWorkspace:  # fmt: skip
+        """A workspace on q's device for batches of up to max_sequences."""
+        config = config or measured_config(q, dim)
+        programs = sms_of(q) * config.programs_per_sm
+        ratio = heads // kv_heads
+        floats = {"dtype": torch.float32, "device": q.device}
+        return cls(
+            partial=torch.empty((2 * programs, ratio, dim), **floats),
+            stats=torch.empty((2 * programs, 2, ratio), **floats),
+            arrived=torch.zeros(max_sequences * kv_heads, dtype=torch.int32, device=q.device),
+            programs=programs,
+            config=config,
+        )
+
+
+def measured_config(q: torch.Tensor, dim: int) -> DecodeConfig:
+    """The fastest measured on this device for this head size, else one that fits anywhere."""
+    found: dict[str, Any] | None = settings_for(q, "attention_decode").get(str(dim))
+    if found:
+        return DecodeConfig(**found)
+    wide = power_of_two(dim) * q.element_size()  # bytes of a row of a tile
+    return DecodeConfig(keys=64 if wide <= 256 else 32, stages=3 if wide <= 512 else 2)
+
+
+@triton.jit
+def _tiles_of(kv_len, window, BLOCK_N: tl.constexpr):
+    """(first tile, number of tiles) that hold the keys a query at kv_len - 1 sees."""
+    first = tl.where(window > 0, tl.maximum(kv_len - window, 0) // BLOCK_N, 0)
+    return first, tl.cdiv(kv_len, BLOCK_N) - first
+
+
+@triton.jit
+def _owner(unit, total, programs):
+    """The program whose stretch [p * total // programs, (p + 1) * total // programs) holds `unit`."""
+    return (((unit + 1).to(tl.int64) * programs - 1) // total).to(tl.int32)
+
+
+@triton.jit
+def _begin(program, total, programs):
+    """First unit of a program's stretch."""
+    return (program.to(tl.int64) * total // programs).to(tl.int32)
+
+
+@triton.jit
+def _combine(partial, stats, out_row, first_unit, last_unit, total, programs, head,
+             RATIO: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, PARTS: tl.constexpr):  # fmt: skip
+    """Adds up the partial sums of units first_unit..last_unit for one query head and stores the head's output."""
+    p0 = _owner(first_unit, total, programs)
+    p1 = _owner(last_unit, total, programs)
+    d = tl.arange(0, BLOCK_D)
+    top = tl.full((), -float("inf"), tl.float32)
+    norm = tl.full((), 0.0, tl.float32)
+    acc = tl.zeros((BLOCK_D,), tl.float32)
+    for start in range(p0, p1 + 1, PARTS):
+        p = start + tl.arange(0, PARTS)
+        here = p <= p1
+        # a program's first partial is number 0; the first owner's is number 1 when its stretch began before us
+        later = (p == p0) & (_begin(p, total, programs) != first_unit)
+        index = (2 * p + later.to(tl.int32)).to(tl.int64)
+        m = tl.load(stats + (index * 2) * RATIO + head, mask=here, other=-float("inf"), cache_modifier=".cg")
+        s = tl.load(stats + (index * 2 + 1) * RATIO + head, mask=here, other=0.0, cache_modifier=".cg")
+        a = tl.load(partial + (index[:, None] * RATIO + head) * DIM + d[None, :],
+                    mask=here[:, None] & (d < DIM)[None, :], other=0.0, cache_modifier=".cg")  # fmt: skip
+        new_top = tl.maximum(top, tl.max(m, 0))
+        weight = tl.exp2(m - new_top)
+        keep = tl.exp2(top - new_top)
+        norm = norm * keep + tl.sum(s * weight, 0)
+        acc = acc * keep + tl.sum(a * weight[:, None], 0)
+        top = new_top
+    tl.store(out_row + d, (acc / norm).to(out_row.dtype.element_ty), mask=d < DIM)
+
+
+@triton.jit
+def _decode_kernel(
+    q, k, v, out, partial, stats, arrived, slots, kv_lens, batch, programs, window, qk_scale,
+    slot_stride, token_stride, head_stride,
+    BATCH: tl.constexpr, GROUPS: tl.constexpr, RATIO: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, PARTS: tl.constexpr, MIN_UNITS: tl.constexpr,
+    PRECISION: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    if PDL:
+        gdc_wait()
+        gdc_launch()
+    pid = tl.program_id(0)
+    sequence = tl.arange(0, BATCH)
+    lens = tl.load(kv_lens + sequence, mask=sequence < batch, other=0)
+    _, tiles_of_sequence = _tiles_of(lens, window, BLOCK_N)
+    units = tiles_of_sequence * GROUPS
+    ends = tl.cumsum(units, 0)
+    total = tl.sum(units, 0)
+    # fewer programs for little work; every program computes the same number
+    programs = tl.minimum(programs, tl.maximum(total // MIN_UNITS, 1))
+    if (pid < programs) & (total > 0):
+        first_of_stretch = _begin(pid, total, programs)
+        last_of_stretch = _begin(pid + 1, total, programs)
+        unit = first_of_stretch
+        d = tl.arange(0, BLOCK_D)
+        m_row = tl.arange(0, BLOCK_M)
+        n_row = tl.arange(0, BLOCK_N)
+        real = (m_row < RATIO)[:, None] & (d < DIM)[None, :]  # (BLOCK_M, BLOCK_D)
+        while unit < last_of_stretch:
+            b = tl.sum((ends <= unit).to(tl.int32), 0)
+            begin = tl.max(tl.where(ends <= unit, ends, 0), 0)
+            kv_len = tl.load(kv_lens + b)
+            first_tile, tiles = _tiles_of(kv_len, window, BLOCK_N)
+            group = (unit - begin) // tiles
+            tile = (unit - begin) % tiles
+            count = tl.minimum(tiles - tile, last_of_stretch - unit)
+            base = tl.load(slots + b).to(tl.int64) * slot_stride + group * head_stride
+            q_row = (b * GROUPS + group) * RATIO + m_row
+            q_tile = tl.load(q + q_row[:, None] * DIM + d[None, :], mask=real, other=0.0)
+
+            top = tl.full((BLOCK_M,), -float("inf"), tl.float32)
+            norm = tl.zeros((BLOCK_M,), tl.float32)
+            acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+            for step in tl.range(first_tile + tile, first_tile + tile + count, num_stages=STAGES):
+                row = step * BLOCK_N + n_row
+                # the last real row stands in for rows past the end: never an address beyond kv_len
+                at = base + tl.minimum(row, kv_len - 1).to(tl.int64) * token_stride
+                if DIM == BLOCK_D:
+                    k_tile = tl.load(k + at[:, None] + d[None, :])
+                else:
+                    k_tile = tl.load(k + at[:, None] + d[None, :], mask=(d < DIM)[None, :], other=0.0)
+                scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * qk_scale  # (BLOCK_M, BLOCK_N)
+                seen = (row < kv_len) & ((window <= 0) | (row >= kv_len - window))
+                scores = tl.where(seen[None, :], scores, -float("inf"))
+                new_top = tl.maximum(top, tl.max(scores, 1))  # finite: every tile holds a key that is seen
+                weight = tl.exp2(scores - new_top[:, None])
+                keep = tl.exp2(top - new_top)
+                norm = norm * keep + tl.sum(weight, 1)
+                acc = acc * keep[:, None]
+                if DIM == BLOCK_D:
+                    v_tile = tl.load(v + at[:, None] + d[None, :])
+                else:
+                    v_tile = tl.load(v + at[:, None] + d[None, :], mask=(d < DIM)[None, :], other=0.0)
+                acc = tl.dot(weight.to(v_tile.dtype), v_tile, acc, input_precision=PRECISION)
+                top = new_top
+
+            if count == tiles:
+                value = acc / norm[:, None]
+                tl.store(out + q_row[:, None] * DIM + d[None, :], value.to(out.dtype.element_ty), mask=real)
+            else:
+                index = (2 * pid + (unit != first_of_stretch).to(tl.int32)).to(tl.int64)
+                tl.store(partial + (index * RATIO + m_row[:, None]) * DIM + d[None, :], acc, mask=real)
+                tl.store(stats + (index * 2) * RATIO + m_row, top, mask=m_row < RATIO)
+                tl.store(stats + (index * 2 + 1) * RATIO + m_row, norm, mask=m_row < RATIO)
+                first_unit = begin + group * tiles
+                last_unit = first_unit + tiles - 1
+                parts = _owner(last_unit, total, programs) - _owner(first_unit, total, programs) + 1
+                tl.debug_barrier()  # all of this program's stores come before its arrival
+                before = tl.atomic_add(arrived + b * GROUPS + group, 1, sem="acq_rel")
+                if before == parts - 1:
+                    tl.debug_barrier()
+                    for head in range(RATIO):
+                        row_out = out + ((b * GROUPS + group) * RATIO + head) * DIM
+                        _combine(partial, stats, row_out, first_unit, last_unit, total, programs, head,
+                                 RATIO, DIM, BLOCK_D, PARTS)  # fmt: skip
+                    tl.store(arrived + b * GROUPS + group, 0)
+            unit += count
+
+
+def attention_decode(
+    q: torch.Tensor,
+    k_view: torch.Tensor,
+    v_view: torch.Tensor,
+    slots: torch.Tensor,
+    kv_lens: torch.Tensor,
+    scale: float,
+    workspace: DecodeWorkspace,
+    window: int = 0,
+    out: torch.Tensor | None = None,
+    pdl: bool = False,
+) -> torch.Tensor:
+    """softmax(scale * q k^T) v of one query a sequence -> (B, H * D).
+
+    q (B, H, D) contiguous; k_view, v_view (S, C, G, D); slots, kv_lens (B,) int32 on the device. The query of sequence
+    b sits at kv_lens[b] - 1 and sees its last `window` keys (all when 0). A sequence of length 0 is left out: its rows
+    of the output are not written. Raises ValueError for a wrong shape, dtype or stride; slots and lengths are trusted,
+    as reading them would wait for the device.
+    """
+    require_float("q", q)
+    slab = slab_of(k_view, v_view, q.dtype)
+    batch = slots.shape[0]
+    require(q.dim() == 3 and q.shape[0] == batch and q.shape[2] == slab.dim and q.is_contiguous()
+            and q.shape[1] % slab.kv_heads == 0,
+            "q is %s with strides %s; want (%d, H, %d) contiguous, H a multiple of %d", tuple(q.shape), q.stride(),
+            batch, slab.dim, slab.kv_heads)  # fmt: skip
+    require_ints("slots", slots, batch)
+    require_ints("kv_lens", kv_lens, batch)
+    require(window >= 0, "window=%d is negative; 0 means no window", window)
+    heads, ratio, config = q.shape[1], q.shape[1] // slab.kv_heads, workspace.config
+    require(workspace.arrived.shape[0] >= batch * slab.kv_heads and workspace.partial.shape[1:] == (ratio, slab.dim),
+            "the workspace was made for %d counters and %s; want at least %d and %s", workspace.arrived.shape[0],
+            tuple(workspace.partial.shape[1:]), batch * slab.kv_heads, (ratio, slab.dim))  # fmt: skip
+    if out is None:
+        out = torch.empty((batch, heads * slab.dim), dtype=q.dtype, device=q.device)
+    if batch == 0:
+        return out
+    _decode_kernel[(workspace.programs,)](
+        q, k_view, v_view, out, workspace.partial, workspace.stats, workspace.arrived, slots, kv_lens, batch,
+        workspace.programs, window, scale * LOG2_E, slab.slot_stride, slab.token_stride, slab.head_stride,
+        BATCH=max(16, power_of_two(batch)), GROUPS=slab.kv_heads, RATIO=ratio, DIM=slab.dim,
+        BLOCK_D=max(16, power_of_two(slab.dim)), BLOCK_M=max(config.rows, power_of_two(ratio)), BLOCK_N=config.keys,
+        STAGES=config.stages, PARTS=16, MIN_UNITS=MIN_TILES, PRECISION=precision(q.dtype), num_warps=config.warps,
+        **early(pdl),
+    )  # fmt: skip
+    return out
+
+
+def attention_decode_reference(
+    q: torch.Tensor,
+    k_view: torch.Tensor,
+    v_view: torch.Tensor,
+    slots: torch.Tensor,
+    kv_lens: torch.Tensor,
+    scale: float,
+    window: int = 0,
+) -> torch.Tensor:
+    """The same by torch."""
+    starts = torch.arange(slots.shape[0] + 1, dtype=torch.int32)
+    return attention_reference(q, k_view, v_view, slots, starts, kv_lens, scale, window)
