@@ -14,6 +14,7 @@ from typing import TypeVar
 
 import msgspec
 
+from engine.core.errors import ConfigError
 from engine.serve import wire
 from engine.serve.errors import ApiError
 
@@ -73,7 +74,7 @@ class TextPool:
         self.on_restart: Callable[[], None] = lambda: None
 
     async def start(self) -> None:
-        """Start every worker. Raises TextWorkerDied when the first one cannot load the tokenizer."""
+        """Start every worker. Raises ConfigError with the worker's own words when it cannot load the tokenizer."""
         workers = await asyncio.gather(*(self._spawn() for _ in range(self._size)), return_exceptions=True)
         failed = [worker for worker in workers if isinstance(worker, BaseException)]
         if failed:
@@ -122,11 +123,9 @@ class TextPool:
 
     async def _run(self, job: msgspec.Struct, kind: type[Answer], deadline_s: float, param: str) -> Answer:
         """Give a job to the next free worker; kill the worker if it is late or the client has left."""
-        worker = await self._idle.get()
+        worker = await self._idle.get() or await self._spawn_for_job()
         healthy: _Worker | None = None
         try:
-            if worker is None:
-                worker = await self._spawn()
             async with asyncio.timeout(deadline_s):
                 answer = await worker.ask(job)
             healthy = worker
@@ -136,7 +135,7 @@ class TextPool:
         except TextWorkerDied:
             raise ApiError(400, f"{param} cannot be processed: the text worker ended on it", param) from None
         finally:
-            if healthy is None and worker is not None:
+            if healthy is None:
                 self.restarts += 1
                 self.on_restart()
                 self._replace(worker)
@@ -148,6 +147,16 @@ class TextPool:
             raise ApiError(400, answer.text, param)
         raise ApiError(500, "the text worker gave an unexpected answer")
 
+    async def _spawn_for_job(self) -> _Worker:
+        """A worker in the place of one that could not be restarted; the place stays whatever happens."""
+        try:
+            return await self._spawn()
+        except BaseException as error:
+            self._idle.put_nowait(None)
+            if isinstance(error, (TextWorkerDied, ConfigError, OSError)):
+                raise ApiError(503, "no text worker could be started; try again a little later") from None
+            raise
+
     def _replace(self, worker: _Worker) -> None:
         """Kill a worker that is late or was abandoned in mid-job, and start the next one at once."""
 
@@ -157,7 +166,7 @@ class TextPool:
             fresh: _Worker | None = None
             try:
                 fresh = None if self._closed else await self._spawn()
-            except (TextWorkerDied, OSError, TimeoutError) as error:
+            except (TextWorkerDied, ConfigError, OSError) as error:
                 log.error("a text worker did not start (%s); the next request tries again", type(error).__name__)
             self._idle.put_nowait(fresh)
 
@@ -170,10 +179,13 @@ class TextPool:
             *self._command, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, close_fds=True)
         worker = _Worker(process)
         self._all.add(worker)
-        async with asyncio.timeout(START_DEADLINE_S):
-            greeting = await worker.ask(None)
+        try:
+            async with asyncio.timeout(START_DEADLINE_S):
+                greeting = await worker.ask(None)
+        except (TextWorkerDied, TimeoutError) as error:
+            raise TextWorkerDied(f"a text worker did not start ({type(error).__name__})") from None
         if not isinstance(greeting, wire.TextReady):
-            raise TextWorkerDied("no greeting")
+            raise ConfigError(greeting.text if isinstance(greeting, wire.TextError) else "a text worker did not greet")
         self.facts = greeting
         return worker
 

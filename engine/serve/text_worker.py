@@ -58,7 +58,11 @@ def main(folder: str) -> int:
     resource.setrlimit(resource.RLIMIT_AS, (ADDRESS_SPACE_BYTES, ADDRESS_SPACE_BYTES))
     from engine.tokenization import load_tokenizer
 
-    tokenizer = load_tokenizer(folder)
+    try:
+        tokenizer = load_tokenizer(folder)
+    except TesseraError as error:
+        writer.send(wire.TextError(str(error)[:4096]))
+        return 2
     writer.send(wire.TextReady(longest_token_bytes(tokenizer), tokenizer.chat_template is not None))
     while True:
         try:
@@ -74,9 +78,5 @@ def main(folder: str) -> int:
 if __name__ == "__main__":
     try:
         os._exit(main(sys.argv[1]))
-    except TesseraError as error:
-        sys.stderr.write(f"error: {error}\n")
-        sys.stderr.flush()
-        os._exit(2)
     except BrokenPipeError:
         os._exit(1)
