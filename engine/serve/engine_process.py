@@ -192,8 +192,8 @@ class EngineService:
         finally:
             self.step_started_s = 0.0
         news = [
-            wire.News(update.request_id, list(update.tokens), update.finish_reason, update.error,
-                      500 if update.error else 0)
+            wire.News(update.request_id, list(update.tokens), update.finish_reason,
+                      update.error[:4096] if update.error else None, 500 if update.error else 0)
             for update in updates if update.request_id in self._live
         ]
         for update in updates:

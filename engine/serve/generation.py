@@ -168,6 +168,8 @@ class Generation:
         for piece in pieces.values():
             if piece.error is not None:
                 raise ApiError(piece.status if piece.status in (400, 503) else 500, piece.error, piece.param)
+            if piece.finish_reason in ("abort", "error"):
+                raise ApiError(500, "the engine ended this request; try again")
 
     def _add(self, request_id: str, prompt: list[int], params: SamplingParams, sample: int, max_tokens: int,
              priority: int) -> wire.Add:
