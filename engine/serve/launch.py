@@ -153,8 +153,9 @@ class Supervisor:
 
     async def _start_model(self, engine: EngineClient) -> None:
         """Engine, text workers and tokenizer at once; then fill in the services and say that we are ready."""
+        from engine.core.seeds import SeedSource
         from engine.loading.spec import read_config
-        from engine.serve.generation import SeedSource, Tools
+        from engine.serve.generation import Tools
         from engine.serve.schema import Limits
         from engine.tokenization import load_tokenizer
 

@@ -124,7 +124,7 @@ class TextPool:
 
     def longest_text_bytes(self, max_tokens: int) -> int:
         """More bytes than this cannot be max_tokens tokens, whatever they say."""
-        return max_tokens * self.facts.longest_token_bytes
+        return max_tokens * self.facts.max_token_bytes
 
     def _check_bytes(self, size: int, max_tokens: int, param: str) -> int:
         limit = self.longest_text_bytes(max_tokens)
