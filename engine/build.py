@@ -54,16 +54,19 @@ def free_memory_bytes() -> int:
 def geometry_of(spec: ModelSpec, config: EngineConfig, dtype: torch.dtype) -> KvGeometry:
     """The slabs of a resolved configuration."""
     assert config.max_model_len is not None
-    return KvGeometry(
-        layers=spec.layers,
-        kv_heads=spec.kv_heads,
-        head_dim=spec.head_dim,
-        element_bytes=dtype.itemsize,
-        max_tokens=config.max_model_len,
-        slots=config.max_num_seqs,
-        page_bytes=config.kv_page_bytes,
-        layout=config.kv_layout,
-    )
+    try:
+        return KvGeometry(
+            layers=spec.layers,
+            kv_heads=spec.kv_heads,
+            head_dim=spec.head_dim,
+            element_bytes=dtype.itemsize,
+            max_tokens=config.max_model_len,
+            slots=config.max_num_seqs,
+            page_bytes=config.kv_page_bytes,
+            layout=config.kv_layout,
+        )
+    except ValueError as error:  # names value, range and fix
+        raise ConfigError(str(error)) from None
 
 
 def fit_length(config: EngineConfig, geometry: KvGeometry, pool_groups: int, *, asked: bool) -> int:

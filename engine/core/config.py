@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 from engine.core.errors import ConfigError
 from engine.core.knobs import GIB, MIB, field_problems, knob, near, parse_value, settings, value_problem
+from engine.core.registry import Registry
 
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 DEFAULT_CHUNK_TOKENS = 512
@@ -26,9 +27,10 @@ CHUNK_STEP_TOKENS = 32  # both ends of a dynamic chunking schedule are multiples
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 DTYPE_SPELLINGS = {"bf16": "bfloat16", "half": "float16", "fp16": "float16", "float": "float32", "fp32": "float32"}
-POLICIES = ("sarathi", "vllm", "orca", "faster_transformer", "simple_chunking")
+# Read from the folders: a new policy or backend is a file there and nothing here.
+POLICIES = tuple(Registry[object]("policy", "engine.core.policies").names())
+BACKENDS = ("auto", *Registry[object]("attention backend", "engine.attention").names())
 POLICIES_WITHOUT_CHUNKS = ("orca", "faster_transformer")
-BACKENDS = ("auto", "torch_vattn", "cpu_vattn")
 _NEEDS_CUDA = "needs a CUDA GPU and this build serves on the CPU; use cpu_vattn, torch_vattn or auto"
 _NO_BLOCKS = "reads block tables, and every request here is contiguous; use cpu_vattn, torch_vattn or auto"
 REFUSED_BACKENDS = {

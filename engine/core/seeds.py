@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import secrets
 
 
 class SeedSource:
-    """The n-th seed it gives is always the same for one `seed`; None starts from the system's randomness."""
+    """The n-th seed it gives is always the same for one `seed`."""
 
-    def __init__(self, seed: int | None) -> None:
-        self._seed = secrets.randbits(63) if seed is None else seed
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
         self._count = itertools.count()
 
     def next(self) -> int:

@@ -211,8 +211,9 @@ class EngineClient:
                 return
             try:
                 self._handle(wire.decode_from_engine(raw))
-            except msgspec.DecodeError as error:
-                log.error("a message outside the schema was dropped (%s)", type(error).__name__)
+            except msgspec.DecodeError as error:  # whose news it was is unknown: nobody may wait for ever
+                log.error("a message outside the schema came from the engine (%s)", type(error).__name__)
+                self.fail_all("the engine sent what cannot be read; try again", 500)
         asyncio.get_running_loop().call_soon(self._receive)
 
     def _handle(self, message: wire.FromEngine) -> None:

@@ -9,7 +9,6 @@ Life: die with the parent -> import -> read one EngineStart frame -> build -> Fa
 from __future__ import annotations
 
 import dataclasses
-import gc
 import logging
 import os
 import signal
@@ -26,6 +25,7 @@ from engine.core.clock import MonotonicClock
 from engine.core.config import EngineConfig
 from engine.core.errors import ConfigError, RequestError
 from engine.core.executor import Executor
+from engine.core.heap import settle_heap
 from engine.core.plan import StepPlan, StepResult, Update
 from engine.core.request import Request, SamplingParams
 from engine.serve import child, wire
@@ -192,8 +192,8 @@ class EngineService:
         finally:
             self.step_started_s = 0.0
         news = [
-            wire.News(update.request_id, list(update.tokens), update.finish_reason, update.error,
-                      500 if update.error else 0)
+            wire.News(update.request_id, list(update.tokens), update.finish_reason,
+                      update.error[:4096] if update.error else None, 500 if update.error else 0)
             for update in updates if update.request_id in self._live
         ]
         for update in updates:
@@ -275,8 +275,7 @@ def serve(start: wire.EngineStart, control: child.FrameWriter, build: Build) -> 
         socket.setsockopt(zmq.MAXMSGSIZE, wire.MAX_FRAME_BYTES)
         socket.connect(start.address)
         service = EngineService(built, socket)
-        gc.collect()
-        gc.freeze()  # what lives as long as the process is never looked at again: no long pause in a step
+        settle_heap()
         threading.Thread(target=_beat, args=(service, control), name="heartbeat", daemon=True).start()
         control.send(built.facts)
         try:

@@ -6,8 +6,6 @@ not ended then is aborted in the engine.
 
 from __future__ import annotations
 
-import hashlib
-import itertools
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from engine.core.clock import Clock
 from engine.core.request import MAX_SEED, SamplingParams
+from engine.core.seeds import SeedSource
 from engine.serve import wire
 from engine.serve.engine_client import EngineClient, EngineFailed
 from engine.serve.errors import ApiError
@@ -49,19 +48,6 @@ class _Sample:
     finish_reason: str | None = None
 
 
-class SeedSource:
-    """Seeds for requests that bring none: the n-th such sample always gets the same, for one --seed."""
-
-    def __init__(self, seed: int) -> None:
-        self._seed = seed
-        self._count = itertools.count()
-
-    def next(self) -> int:
-        """A 64-bit seed."""
-        name = f"{self._seed}:{next(self._count)}".encode()
-        return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little")
-
-
 @dataclass(frozen=True, slots=True)
 class Tools:
     """What a generation needs of the server."""
@@ -93,7 +79,7 @@ class Generation:
         self._open = 0
         self._samples = [
             _Sample(f"{self.name}-{i}",
-                    Detokenizer(tools.tokenizer, stop=params.stop, min_tokens=params.min_tokens))
+                    Detokenizer(tools.tokenizer, stop=params.stop, min_tokens=params.min_tokens, continues=True))
             for i in range(len(prompts) * params.n)
         ]
         self._adds = [
@@ -168,6 +154,8 @@ class Generation:
         for piece in pieces.values():
             if piece.error is not None:
                 raise ApiError(piece.status if piece.status in (400, 503) else 500, piece.error, piece.param)
+            if piece.finish_reason in ("abort", "error"):
+                raise ApiError(500, "the engine ended this request; try again")
 
     def _add(self, request_id: str, prompt: list[int], params: SamplingParams, sample: int, max_tokens: int,
              priority: int) -> wire.Add:

@@ -26,6 +26,7 @@ from engine.core.errors import ConfigError
 from engine.serve import child
 from engine.serve.engine_client import ENGINE_COMMAND, EngineClient, EngineFailed, EngineProcess
 from engine.serve.flags import Launch
+from engine.serve.text_pool import TextPool, TextWorkerDied
 
 if TYPE_CHECKING:
     from engine.serve.services import Services
@@ -116,8 +117,8 @@ class Supervisor:
         lag = loop.create_task(self._watch_lag())
         try:
             status = await self._start_and_wait(engine)
-        except (EngineFailed, ConfigError) as error:
-            status = error.exit_status if isinstance(error, EngineFailed) else 2
+        except (EngineFailed, ConfigError, TextWorkerDied) as error:
+            status = 2 if isinstance(error, ConfigError) else getattr(error, "exit_status", 1)
             log.error("%s", error)
         http.should_exit = True
         await serving
@@ -147,15 +148,15 @@ class Supervisor:
         finally:
             for task in (starting, stopping):
                 task.cancel()
-            with contextlib.suppress(asyncio.CancelledError, EngineFailed, ConfigError):
+            with contextlib.suppress(asyncio.CancelledError, EngineFailed, ConfigError, TextWorkerDied):
                 await starting
 
     async def _start_model(self, engine: EngineClient) -> None:
         """Engine, text workers and tokenizer at once; then fill in the services and say that we are ready."""
+        from engine.core.seeds import SeedSource
         from engine.loading.spec import read_config
-        from engine.serve.generation import SeedSource, Tools
+        from engine.serve.generation import Tools
         from engine.serve.schema import Limits
-        from engine.serve.text_pool import TextPool
         from engine.tokenization import load_tokenizer
 
         tokens = self.launch.engine.tokenizer or str(self.folder)

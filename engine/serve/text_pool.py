@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import msgspec
 
+from engine.core.errors import ConfigError
 from engine.serve import wire
 from engine.serve.errors import ApiError
 
@@ -23,6 +25,8 @@ TEMPLATE_DEADLINE_S = 1.0
 ENCODE_DEADLINE_S = 1.0
 ENCODE_BYTES_PER_S = 250_000  # ten times slower than an ordinary text on a slow core
 START_DEADLINE_S = 60.0
+WAITING_FACTOR = 4  # more time, when the deadline passed while the worker was waiting for a processor
+TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 Answer = TypeVar("Answer", bound=msgspec.Struct)
 
 
@@ -51,6 +55,15 @@ class _Worker:
         except (asyncio.IncompleteReadError, ConnectionError, msgspec.DecodeError) as error:
             raise TextWorkerDied(type(error).__name__) from error
 
+    def cpu_s(self) -> float:
+        """Processor seconds it has used so far; 0 when it is gone."""
+        try:
+            with open(f"/proc/{self.process.pid}/stat", encoding="ascii", errors="replace") as lines:
+                words = lines.read().rsplit(")", 1)[1].split()
+        except OSError:
+            return 0.0
+        return (int(words[11]) + int(words[12])) / TICKS_PER_S
+
     async def kill(self) -> None:
         """End the process now and reap it."""
         if self.process.returncode is None:
@@ -73,7 +86,7 @@ class TextPool:
         self.on_restart: Callable[[], None] = lambda: None
 
     async def start(self) -> None:
-        """Start every worker. Raises TextWorkerDied when the first one cannot load the tokenizer."""
+        """Start every worker. Raises ConfigError with the worker's own words when it cannot load the tokenizer."""
         workers = await asyncio.gather(*(self._spawn() for _ in range(self._size)), return_exceptions=True)
         failed = [worker for worker in workers if isinstance(worker, BaseException)]
         if failed:
@@ -111,7 +124,7 @@ class TextPool:
 
     def longest_text_bytes(self, max_tokens: int) -> int:
         """More bytes than this cannot be max_tokens tokens, whatever they say."""
-        return max_tokens * self.facts.longest_token_bytes
+        return max_tokens * self.facts.max_token_bytes
 
     def _check_bytes(self, size: int, max_tokens: int, param: str) -> int:
         limit = self.longest_text_bytes(max_tokens)
@@ -122,13 +135,10 @@ class TextPool:
 
     async def _run(self, job: msgspec.Struct, kind: type[Answer], deadline_s: float, param: str) -> Answer:
         """Give a job to the next free worker; kill the worker if it is late or the client has left."""
-        worker = await self._idle.get()
+        worker = await self._idle.get() or await self._spawn_for_job()
         healthy: _Worker | None = None
         try:
-            if worker is None:
-                worker = await self._spawn()
-            async with asyncio.timeout(deadline_s):
-                answer = await worker.ask(job)
+            answer = await _ask_within(worker, job, deadline_s)
             healthy = worker
         except TimeoutError:
             raise ApiError(400, f"{param} took longer than {deadline_s:.1f} s to process; shorten it", param,
@@ -136,7 +146,7 @@ class TextPool:
         except TextWorkerDied:
             raise ApiError(400, f"{param} cannot be processed: the text worker ended on it", param) from None
         finally:
-            if healthy is None and worker is not None:
+            if healthy is None:
                 self.restarts += 1
                 self.on_restart()
                 self._replace(worker)
@@ -148,16 +158,25 @@ class TextPool:
             raise ApiError(400, answer.text, param)
         raise ApiError(500, "the text worker gave an unexpected answer")
 
+    async def _spawn_for_job(self) -> _Worker:
+        """A worker in the place of one that could not be restarted; the place stays whatever happens."""
+        try:
+            return await self._spawn()
+        except BaseException as error:
+            self._idle.put_nowait(None)
+            if isinstance(error, (TextWorkerDied, ConfigError, OSError)):
+                raise ApiError(503, "no text worker could be started; try again a little later") from None
+            raise
+
     def _replace(self, worker: _Worker) -> None:
         """Kill a worker that is late or was abandoned in mid-job, and start the next one at once."""
 
         async def again() -> None:
-            self._all.discard(worker)
-            await worker.kill()
+            await self._forget(worker)
             fresh: _Worker | None = None
             try:
                 fresh = None if self._closed else await self._spawn()
-            except (TextWorkerDied, OSError, TimeoutError) as error:
+            except (TextWorkerDied, ConfigError, OSError) as error:
                 log.error("a text worker did not start (%s); the next request tries again", type(error).__name__)
             self._idle.put_nowait(fresh)
 
@@ -165,17 +184,41 @@ class TextPool:
         self._restarting.add(task)  # the loop itself holds tasks weakly
         task.add_done_callback(self._restarting.discard)
 
+    async def _forget(self, worker: _Worker) -> None:
+        self._all.discard(worker)
+        await worker.kill()
+
     async def _spawn(self) -> _Worker:
         process = await asyncio.create_subprocess_exec(
             *self._command, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, close_fds=True)
         worker = _Worker(process)
         self._all.add(worker)
-        async with asyncio.timeout(START_DEADLINE_S):
-            greeting = await worker.ask(None)
+        try:
+            async with asyncio.timeout(START_DEADLINE_S):
+                greeting = await worker.ask(None)
+        except (TextWorkerDied, TimeoutError) as error:
+            await self._forget(worker)
+            raise TextWorkerDied(f"a text worker did not start ({type(error).__name__})") from None
         if not isinstance(greeting, wire.TextReady):
-            raise TextWorkerDied("no greeting")
+            await self._forget(worker)
+            raise ConfigError(greeting.text if isinstance(greeting, wire.TextError) else "a text worker did not greet")
         self.facts = greeting
         return worker
+
+
+async def _ask_within(worker: _Worker, job: msgspec.Struct, deadline_s: float) -> wire.FromText:
+    """The answer, or TimeoutError after deadline_s; later when the machine, not the text, kept the worker waiting."""
+    before_s = worker.cpu_s()
+    asking = asyncio.ensure_future(worker.ask(job))
+    try:
+        done, _ = await asyncio.wait({asking}, timeout=deadline_s)
+        if not done and worker.cpu_s() - before_s < deadline_s / 2:
+            done, _ = await asyncio.wait({asking}, timeout=deadline_s * WAITING_FACTOR)
+        if not done:
+            raise TimeoutError
+        return asking.result()
+    finally:
+        asking.cancel()
 
 
 def _within(done: wire.Encoded, max_tokens: int, param: str) -> list[int]:

@@ -42,14 +42,6 @@ def answer(tokenizer: Any, job: wire.ToText) -> wire.FromText:
         return wire.TextError(f"the text cannot be processed ({type(error).__name__})")
 
 
-def longest_token_bytes(tokenizer: Any) -> int:
-    """Bytes of the longest id, at least 1: no text of n tokens is longer than n times this."""
-    special = set(tokenizer.special_ids)
-    longest = max((len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size) if i not in special), default=1)
-    names = max((len(tokenizer.decode([i], skip_special_tokens=False).encode()) for i in special), default=1)
-    return min(max(1, longest, names), 1 << 20)
-
-
 def main(folder: str) -> int:
     """Load the tokenizer, say so, then answer until the parent closes the pipe."""
     child.die_with_parent()
@@ -58,8 +50,12 @@ def main(folder: str) -> int:
     resource.setrlimit(resource.RLIMIT_AS, (ADDRESS_SPACE_BYTES, ADDRESS_SPACE_BYTES))
     from engine.tokenization import load_tokenizer
 
-    tokenizer = load_tokenizer(folder)
-    writer.send(wire.TextReady(longest_token_bytes(tokenizer), tokenizer.chat_template is not None))
+    try:
+        tokenizer = load_tokenizer(folder)
+    except TesseraError as error:
+        writer.send(wire.TextError(str(error)[:4096]))
+        return 2
+    writer.send(wire.TextReady(min(tokenizer.max_token_bytes, 1 << 20), tokenizer.chat_template is not None))
     while True:
         try:
             job = child.read_frame(0, wire.decode_to_text)
@@ -74,9 +70,5 @@ def main(folder: str) -> int:
 if __name__ == "__main__":
     try:
         os._exit(main(sys.argv[1]))
-    except TesseraError as error:
-        sys.stderr.write(f"error: {error}\n")
-        sys.stderr.flush()
-        os._exit(2)
     except BrokenPipeError:
         os._exit(1)

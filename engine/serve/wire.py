@@ -169,9 +169,9 @@ ToText = Encode | Render | Decode
 
 
 class TextReady(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="text_ready"):
-    """The worker has loaded its tokenizer. longest_token_bytes: of any id; has_template: chat works."""
+    """The worker has loaded its tokenizer. max_token_bytes: of any id; has_template: chat works."""
 
-    longest_token_bytes: Annotated[int, msgspec.Meta(ge=1, le=1 << 20)]
+    max_token_bytes: Annotated[int, msgspec.Meta(ge=1, le=1 << 20)]
     has_template: bool
 
 

@@ -169,22 +169,27 @@ void gemm_panel(const Gemm& g, int row0, int rows, int panel, float* partial) {
 
 constexpr size_t kGemmScratchBytes = kSmallBatchRows * kPanelColumns * sizeof(float);
 
-// One phase; its units are (row block, run of panels).
+// One phase; a unit is one panel for one block of rows. A member's panels are neighbours in memory.
 template <class T>
 void gemm_phase(const Gemm& g, Team& team) {
   const int panels = ceil_div(g.columns, kPanelColumns);
   const int row_blocks = ceil_div(g.rows, kRowBlock);
-  int run = panels * row_blocks / (team.members * 8);
-  run = run < 1 ? 1 : run > 8 ? 8 : run;
-  const int runs = ceil_div(panels, run);
   float* partial = reinterpret_cast<float*>(team.scratch());
-  team.phase(static_cast<int64_t>(runs) * row_blocks, [&](int64_t unit) {
-    const int block = static_cast<int>(unit / runs), first = static_cast<int>(unit % runs) * run;
+  team.phase(static_cast<int64_t>(panels) * row_blocks, [&](int64_t unit) {
+    const int block = static_cast<int>(unit / panels), panel = static_cast<int>(unit % panels);
     const int row0 = static_cast<int>(static_cast<int64_t>(g.rows) * block / row_blocks);
     const int row1 = static_cast<int>(static_cast<int64_t>(g.rows) * (block + 1) / row_blocks);
-    const int last = first + run < panels ? first + run : panels;
-    for (int panel = first; panel < last; ++panel) gemm_panel<T>(g, row0, row1 - row0, panel, partial);
+    gemm_panel<T>(g, row0, row1 - row0, panel, partial);
   });
+}
+
+// Starts to bring this member's first panel into L2 while something small runs before the product.
+template <class T>
+void gemm_warm(const Gemm& g, const Team& team) {
+  const int64_t panels = ceil_div(g.columns, kPanelColumns);
+  const int64_t words = g.depth / T::kWord, block = words < kBlockWords ? words : kBlockWords;
+  const char* first = static_cast<const char*>(g.panels) + panels * team.member() / team.members * words * 128;
+  for (int64_t i = 0; i < block * 128; i += 64) __builtin_prefetch(first + i, 0, 2);
 }
 
 // Calls column(w, dwords w of 16 rows) for w < words in ascending order. Rows past `count` and dwords past `words` are

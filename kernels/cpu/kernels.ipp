@@ -82,11 +82,13 @@ void run_layer(Pool& pool, const Layer& l, const Step& step) {
   const AttentionPlan* const shared_plan = &plan;  // thread_local names would mean each member's own
   float* const shared_partials = partials.data();
   pool.run(at_least(plan.scratch_bytes, kGemmScratchBytes), [&](Team& team) {
+    gemm_warm<T>(qkv, team);
     rmsnorm_phase<T>(norm1, team);
     gemm_phase<T>(qkv, team);
     rope_store_phase<T>(rope, team);
     attention_phase<T>(attention, *shared_plan, shared_partials, team);
     gemm_phase<T>(attn_out, team);
+    gemm_warm<T>(gate_up, team);
     rmsnorm_phase<T>(norm2, team);
     gemm_phase<T>(gate_up, team);
     gemm_phase<T>(down, team);

@@ -66,6 +66,7 @@ class Team {
     wait(counters[0].value, units);
   }
   char* scratch() const { return scratch_; }  // private to this member
+  int member() const { return member_; }
   int phases() const { return phases_; }
   const int members;
 

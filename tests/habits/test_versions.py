@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 
 import engine
 from scripts import environment
+from scripts.lints import Tree, floors
 
 
 @pytest.fixture(scope="module")
@@ -72,3 +74,24 @@ def test_the_build_tools_of_pyproject_are_the_same(root: Path, versions: dict[st
     """pyproject.toml cannot read a file, so it repeats them."""
     stated = tomllib.loads((root / "pyproject.toml").read_text())["build-system"]["requires"]
     assert sorted(stated) == sorted(name + spec for name, spec in versions["build"].items())
+
+
+# import name -> distribution name, where they differ
+DISTRIBUTIONS = {"yaml": "pyyaml", "zmq": "pyzmq", "prometheus_client": "prometheus-client",
+                 "huggingface_hub": "huggingface-hub"}  # fmt: skip
+OURS = {"engine", "tessera_kernels", "vattention_ext"}
+
+
+def test_every_import_of_the_packages_is_a_requirement(root: Path, versions: dict[str, Any]) -> None:
+    """What the wheel imports, pip installs with it (or by the extra `hub`); nothing comes along by luck."""
+    tree = Tree(root)
+    imported = {
+        target.partition(".")[0]
+        for name in tree.named(".py", under=("engine", "kernels", "vattention_ext"))
+        for _, target in floors.imports(ast.parse(tree.text(name)), "engine", is_package=True)
+    }
+    outside = {name for name in imported if name not in sys.stdlib_module_names} - OURS
+    required = {DISTRIBUTIONS.get(name, name) for name in outside}
+    assert "torch" in required
+    assert required - {*versions["core"], *versions["hub"]} == set()
+    assert set(versions["core"]) - required == set()  # and nothing is installed for nobody

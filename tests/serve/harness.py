@@ -89,7 +89,7 @@ class Server:
     port: int
     log: Path
     started_s: float
-    names: list[str] = field(default_factory=list)
+    clients: list[httpx.Client] = field(default_factory=list)
 
     @property
     def base(self) -> str:
@@ -103,12 +103,13 @@ class Server:
         return found
 
     def client(self, **kwargs: Any) -> httpx.Client:
-        """An httpx client with a timeout that fails a test rather than hanging it."""
-        return httpx.Client(base_url=self.base, timeout=30, trust_env=False, **kwargs)
+        """An httpx client with a timeout that fails a test rather than hanging it; closed with the server at last."""
+        self.clients.append(httpx.Client(base_url=self.base, timeout=30, trust_env=False, **kwargs))
+        return self.clients[-1]
 
     def gauge(self, name: str) -> float:
         """A value of /metrics."""
-        for line in self.client().get("/metrics").text.splitlines():
+        for line in httpx.get(f"{self.base}/metrics", timeout=30, trust_env=False).text.splitlines():
             if line.startswith(f"{name} "):
                 return float(line.split()[-1])
         raise AssertionError(f"no metric {name}")
@@ -146,6 +147,8 @@ def wait_ready(server: Server, seconds: float = START_S) -> float:
 
 def stop(server: Server) -> int:
     """SIGTERM, and SIGKILL if that is not heard. Returns the exit status."""
+    for client in server.clients:
+        client.close()
     if server.process.poll() is None:
         server.process.send_signal(signal.SIGTERM)
         try:

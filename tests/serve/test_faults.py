@@ -16,10 +16,11 @@ import pytest
 
 from engine.core.clock import VirtualClock
 from engine.core.config import ServerConfig
+from engine.core.seeds import SeedSource
 from engine.serve import wire
 from engine.serve.app import build_app
 from engine.serve.engine_client import EngineFailed
-from engine.serve.generation import SeedSource, Tools
+from engine.serve.generation import Tools
 from engine.serve.mailbox import Mailbox
 from engine.serve.metrics import Metrics
 from engine.serve.schema import Limits
