@@ -54,7 +54,9 @@ class Scheduler:
     """plan() and commit() of steps over a policy and a ledger.
 
     max_num_seqs: sequences that hold memory (slots) at once. max_model_len: known tokens at which a sequence ends.
-    depth: steps in flight at once; a sequence in flight is in one of them only.
+    depth: steps in flight at once. ahead=False: a sequence is in one of them only (pipeline stages). ahead=True: a step
+    is planned as if the ones before it had succeeded (the executor has their tokens when it needs them); what stops
+    late costs one discarded token.
     Every plan that is not `is_empty` must be submitted; results must be committed in that order.
     """
 
@@ -62,7 +64,14 @@ class Scheduler:
     sequence_class = Sequence
 
     def __init__(
-        self, policy: Policy, ledger: KvLedger, *, max_num_seqs: int, max_model_len: int, depth: int = 1
+        self,
+        policy: Policy,
+        ledger: KvLedger,
+        *,
+        max_num_seqs: int,
+        max_model_len: int,
+        depth: int = 1,
+        ahead: bool = False,
     ) -> None:
         for name, value in (("max_num_seqs", max_num_seqs), ("max_model_len", max_model_len), ("depth", depth)):
             if value < 1:
@@ -73,6 +82,7 @@ class Scheduler:
         self.max_num_seqs = max_num_seqs
         self.max_model_len = max_model_len
         self.depth = depth
+        self.ahead = ahead
         self.length_limit = min(max_model_len, ledger.fit_tokens())
         self.queues = Queues()
         self._live: dict[int, Sequence] = {}
@@ -174,7 +184,24 @@ class Scheduler:
         self._next_step += 1  # empty plans take no number
         self._batches += bool(plan.chunks)
         self._flights.append(_Flight(plan, draft))
+        if self.ahead:
+            self._advance(plan)
         return plan
+
+    def _advance(self, plan: StepPlan) -> None:
+        """Count the step's results as known before they come. A sequence that they bring to its end waits for them."""
+        live, prefilling, decoding = self._live, Status.PREFILLING, Status.DECODING
+        for seq_id, _, start, length, samples in plan.chunks:
+            sequence = live[seq_id]
+            if not samples:
+                sequence.computed = start + length
+                sequence.status = prefilling
+                continue
+            sequence.computed = known = sequence.known
+            sequence.known = known + 1
+            sequence.pending += 1
+            if known + 1 < sequence.length_cap:
+                sequence.status = decoding
 
     def commit(self, result: StepResult) -> list[Update]:
         """Digest the result of the oldest submitted plan. Returns the news for clients.
@@ -196,7 +223,7 @@ class Scheduler:
             self._solo = False
         if result.failed:
             self._take_failures(result.failed, updates)
-        for sequence, chunk in flight.unsampled:
+        for sequence, chunk in () if self.ahead else flight.unsampled:
             if sequence.epoch == chunk.epoch and sequence.status is Status.IN_FLIGHT:
                 sequence.computed += chunk.length
                 sequence.status = Status.PREFILLING
@@ -228,16 +255,20 @@ class Scheduler:
         """Append sampled tokens to their sequences and news to `updates`. Returns who ended. The hot loop."""
         live = self._live
         ended: list[Sequence] = []
-        decoding = Status.DECODING
+        decoding, ahead = Status.DECODING, self.ahead
         for seq_id, epoch, token in result.tokens:
             sequence = live.get(seq_id)
             if sequence is None or sequence.epoch != epoch:
                 continue
             # Sequence.append, written out: a call a token would be a third of the step
             sequence.outputs.append(token)
-            sequence.computed = known = sequence.known
-            sequence.known = known + 1
-            sequence.status = decoding
+            if ahead:
+                sequence.pending = pending = sequence.pending - 1
+                known = sequence.known - pending - 1
+            else:
+                sequence.computed = known = sequence.known
+                sequence.known = known + 1
+                sequence.status = decoding
             reason = None
             if known + 1 >= sequence.length_cap or token in sequence.stop_ids:
                 reason = sequence.stop_reason(token)
@@ -418,10 +449,10 @@ class Scheduler:
         for sequence in running:
             if sequence.status in (Status.WAITING, Status.FINISHED):
                 raise InvariantError(f"{sequence!r} runs")
-            if sequence.known != len(sequence.request.prompt) + len(sequence.outputs):
+            if sequence.known != len(sequence.request.prompt) + len(sequence.outputs) + sequence.pending:
                 raise InvariantError(f"{sequence!r} has {len(sequence.outputs)} outputs")
         in_flight = {(chunk.seq_id, chunk.epoch) for flight in self._flights for chunk in flight.plan.chunks}
-        for sequence in running:
+        for sequence in () if self.ahead else running:
             if (sequence.status is Status.IN_FLIGHT) != ((sequence.seq_id, sequence.epoch) in in_flight):
                 raise InvariantError(f"{sequence!r} is in flight: {(sequence.seq_id, sequence.epoch) in in_flight}")
         self.ledger.check({s.seq_id: s.computed if s.status is Status.DECODING else s.goal for s in running})

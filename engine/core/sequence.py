@@ -29,7 +29,8 @@ class Status(Enum):
 class Sequence:
     """The state machine of one request.
 
-    known: tokens we have (prompt and outputs). computed: tokens whose KV is written. goal: tokens to prefill in this
+    known: tokens we have or, planning ahead, will have when the steps in flight are done; `pending` of them are still
+    to come. computed: tokens whose KV is written. goal: tokens to prefill in this
     epoch, i.e. known at its start. epoch: restarts so far. length_cap: known tokens at which it must end ("length").
     covered: known tokens that the reserved memory holds. whole: memory up to length_cap is reserved, so it is never
     a victim. preemptions, refusals: for the progress rule. order: (priority, arrival), the order of running.
@@ -45,6 +46,7 @@ class Sequence:
         "length_cap",
         "order",
         "outputs",
+        "pending",
         "preemptions",
         "refusals",
         "request",
@@ -67,6 +69,7 @@ class Sequence:
         self.status = Status.WAITING
         self.known = len(request.prompt)
         self.goal = self.known
+        self.pending = 0
         self.computed = 0
         self.covered = 0
         self.epoch = 0
@@ -84,8 +87,11 @@ class Sequence:
         return self.request.prompt + tuple(self.outputs) if self.outputs else self.request.prompt
 
     def restart(self) -> None:
-        """Back to waiting, to recompute everything known. Outputs stay, so `max_tokens` counts on."""
+        """Back to waiting, to recompute everything known. Outputs stay, so `max_tokens` counts on; what is pending
+        is forgotten, and comes out again."""
         self.status = Status.WAITING
+        self.known -= self.pending
+        self.pending = 0
         self.epoch += 1
         self.preemptions += 1
         self.computed = 0
@@ -101,14 +107,14 @@ class Sequence:
         return self.stop_reason(token)
 
     def stop_reason(self, token: int) -> str | None:
-        """Why the sequence ends with `token`, its newest one: "stop", "length", or None.
+        """Why the sequence ends with `token`, the newest one that came: "stop", "length", or None.
 
         A stop id counts only once min_tokens outputs came before it. The cap is max_tokens or the model's length,
         whichever comes first; it is enforced while decoding, too.
         """
         if token in self.stop_ids and len(self.outputs) > self.request.params.min_tokens:
             return "stop"
-        return "length" if self.known >= self.length_cap else None
+        return "length" if self.known - self.pending >= self.length_cap else None
 
     def __repr__(self) -> str:
         return (

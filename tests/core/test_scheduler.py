@@ -58,6 +58,7 @@ def random_engine(rng: random.Random, **options: object) -> tuple[EngineLoop, Fa
     per_request = -(-120 // group_tokens)
     pool = rng.choice((per_request, per_request + 2, 3 * per_request, 40 * per_request))
     chunk = rng.choice((1, 7, 40, 500)) if policy in ("sarathi", "simple_chunking") else None
+    depth, ahead = rng.choice(((1, False), (2, False), (4, False), (2, True), (2, True), (3, True)))
     schedule = None
     if policy == "sarathi" and rng.random() < 0.3:
         chunk, schedule = None, ChunkSchedule(32, 96, 100, 3, rng.choice(("request", "step")))
@@ -67,7 +68,8 @@ def random_engine(rng: random.Random, **options: object) -> tuple[EngineLoop, Fa
         group_tokens=group_tokens,
         max_num_seqs=rng.choice((1, 2, 5, 32)),
         max_model_len=120,
-        depth=rng.choice((1, 1, 2, 4)),
+        depth=depth,
+        ahead=ahead,
         chunk_tokens=chunk,
         schedule=schedule,
     )
