@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,6 +23,15 @@ class Row:
     samples: bool
 
 
+class Span(NamedTuple):
+    """A chunk of the batch in numbers the host knows: token rows first..last - 1 of `slot`, kv_len tokens cached."""
+
+    slot: int
+    first: int
+    last: int
+    kv_len: int
+
+
 @dataclass(slots=True)
 class Batch:
     """N tokens of B chunks, one after the other.
@@ -30,6 +40,8 @@ class Batch:
     slots: (B,) int32. q_starts: (B + 1,) int32, chunk b is tokens q_starts[b]:q_starts[b + 1].
     kv_lens: (B,) int32, tokens in the cache once this step has written its own.
     sample_rows: (R,) int64, the token rows that get logits.
+    spans: the first chunks, up to the last that has more than one token; the chunks behind them are one token each.
+    So a backend can run prompts and decodes by different kernels without asking a device for numbers.
     """
 
     tokens: torch.Tensor
@@ -39,11 +51,17 @@ class Batch:
     q_starts: torch.Tensor
     kv_lens: torch.Tensor
     sample_rows: torch.Tensor
+    spans: tuple[Span, ...] = ()
 
     @property
     def num_tokens(self) -> int:
         """N."""
         return self.tokens.shape[0]
+
+    @property
+    def num_prefill_tokens(self) -> int:
+        """Token rows of `spans`; the rows behind are decodes, one a chunk."""
+        return self.spans[-1].last if self.spans else 0
 
 
 def pack(rows: Sequence[Row]) -> Batch:
@@ -56,6 +74,12 @@ def pack(rows: Sequence[Row]) -> Batch:
     total = int(q_starts[-1])
     tokens = np.fromiter((token for row in rows for token in row.tokens), dtype=np.int64, count=total)
     positions = np.arange(total, dtype=np.int32) + np.repeat(starts - q_starts[:-1], lengths)
+    longer = np.flatnonzero(lengths > 1)
+    prompts = int(longer[-1]) + 1 if longer.size else 0
+    spans = tuple(
+        Span(rows[b].slot, int(q_starts[b]), int(q_starts[b + 1]), rows[b].start + int(lengths[b]))
+        for b in range(prompts)
+    )
     samples = np.fromiter((row.samples for row in rows), dtype=np.bool_, count=len(rows))
     return Batch(
         tokens=torch.from_numpy(tokens),
@@ -65,4 +89,5 @@ def pack(rows: Sequence[Row]) -> Batch:
         q_starts=torch.from_numpy(q_starts),
         kv_lens=torch.from_numpy(starts + lengths),
         sample_rows=torch.from_numpy((q_starts[1:][samples] - 1).astype(np.int64)),
+        spans=spans,
     )
