@@ -9,12 +9,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from .geometry import KvGeometry
-from .values import KvStats, OutOfPages, OutOfSlots, Region, Ticket
+from .values import DriverError, KvStats, OutOfPages, OutOfSlots, Region, Ticket
 
 if TYPE_CHECKING:
     from .allocator import KvAllocator
 
-__all__ = ["KvAllocator", "KvGeometry", "KvStats", "OutOfPages", "OutOfSlots", "Region", "Ticket"]
+__all__ = ["DriverError", "KvAllocator", "KvGeometry", "KvStats", "OutOfPages", "OutOfSlots", "Region", "Ticket"]
 
 
 def __getattr__(name: str) -> Any:

@@ -10,7 +10,7 @@ class Region:
     @property
     def nbytes(self) -> int: ...
     def __dlpack__(self, **kwargs: Any) -> Any:
-        """uint8, shape (nbytes,), CPU; no copy. Raises BufferError for copy=True."""
+        """uint8, shape (nbytes,), on the driver's device; no copy. Raises BufferError for copy=True."""
 
     def __dlpack_device__(self) -> tuple[int, int]: ...
 
@@ -32,9 +32,12 @@ class Allocator:
         token_bytes: int,
         max_tokens: int,
         driver: str,
+        device: int,
+        libcuda: str,
         pool_groups: int,
         release_after_s: float,
         floor_groups: int,
+        stock_groups: int,
         max_mappings: int,
         fail_verb: str,
         fail_nth: int,
@@ -65,8 +68,27 @@ class Allocator:
     def release(self, slot: int) -> None:
         """Ends the slot's request. Private pages stay mapped (kept) until someone needs them or they expire.
 
-        No kernel in flight may still read or write the slot.
+        Kernels launched before the last fence() may still read and write the slot; others must not.
         """
+
+    def fence(self, stream: int = 0) -> None:
+        """Ends a step: to be called right after its launches on `stream` (a CUstream as a number; 0: the default one),
+        before anything of the step is released, and never while the stream is captured into a graph.
+
+        Pages that leave use after it are not unmapped, nor given to another slot, before everything launched until now
+        is through. A few microseconds; never waits. Drivers without a device only count the step. Raises DriverError
+        where the device cannot be followed any more.
+        """
+
+    def stalls_us(self) -> list[float]:
+        """Foreground time spent growing or waiting, by step (from fence to fence), of the latest 8,192, oldest first."""
+
+    def set_limit(self, groups: int) -> None:
+        """Most groups that may exist from now on. Takes nothing that is in use: while more live than that, growth is
+        refused, and the mapper gives back kept groups (below the floor, too), then look-ahead, as soon as it may."""
+
+    def device_memory(self) -> tuple[int, int]:
+        """(free, total) bytes of the device, all processes together; (-1, -1) where the driver does not know."""
 
     def share(self, src_slot: int, dst_slot: int, groups: int) -> OutOfPages | None:
         """Maps the first `groups` groups in use of src_slot into dst_slot, too, read-only there. All or none.
@@ -76,9 +98,8 @@ class Allocator:
         """
 
     def reclaim(self, keep_groups: int | None = None) -> int:
-        """Gives kept groups back until keep_groups (default: the floor) are left, and retries quarantined ones.
-
-        Returns the groups that became free.
+        """Gives kept groups back until keep_groups (default: the floor) are left, empties the stock, and retries
+        quarantined groups. Leaves what kernels in flight may still read. Returns the groups that became free.
         """
 
     def mapped_tokens(self, slot: int) -> int:

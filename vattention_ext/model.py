@@ -85,18 +85,21 @@ class KvModel:
         geometry: KvGeometry,
         driver: str = "model",
         *,
+        device: int = 0,
+        libcuda: str | None = None,
         pool_groups: int,
         release_after_s: float = math.inf,
         floor_groups: int = 0,
+        stock_groups: int = 0,
         max_mappings: int | None = None,
         fault: tuple[str, int, int] = ("any", 0, 1),
     ) -> None:
         if driver != "model":
             raise ValueError(f"driver={driver!r} is unknown; known: model")
-        require_pool(pool_groups, release_after_s, floor_groups, max_mappings)
+        require_pool(pool_groups, release_after_s, floor_groups, max_mappings, stock_groups)
         self.geometry = geometry
         self.closed = False
-        self._total = pool_groups
+        self._total = self._highest = pool_groups
         self._floor = floor_groups
         self._driver = ModelDriver(-1 if max_mappings is None else max_mappings)
         self._driver.fail_at(*fault)
@@ -104,6 +107,7 @@ class KvModel:
         self._stranded: list[Group] = []
         self._arriving: list[Group] = []  # obtained for the growth under way, not placed yet
         self._releases = 0
+        self._steps = 0
         self._made = 0
         self._count = dict.fromkeys(
             ("refusals", "stolen_groups", "reclaimed_groups", "failed_unmaps")
@@ -129,8 +133,11 @@ class KvModel:
         seen.update((id(group), group) for group in (*self._stranded, *self._arriving))
         return list(seen.values())
 
-    def _free(self) -> int:
+    def _room(self) -> int:
         return self._total - len(self._groups())
+
+    def _free(self) -> int:
+        return max(0, self._room())
 
     def _kept(self) -> int:
         return sum(len(slot.mapped) for slot in self._slots if not slot.active)
@@ -243,21 +250,21 @@ class KvModel:
         return all([self._drop(slot, index) for index in indexes])
 
     def _heal_all(self) -> int:
-        before = self._free()
+        before = self._room()
         for number, slot in enumerate(self._slots):
             self._heal(number, slot.quarantined)
         stranded, self._stranded = self._stranded, []
         for group in stranded:
             self._retire(group)
-        return self._free() - before
+        return self._room() - before
 
     def _give_back(self, keep: int) -> int:
-        before = self._free()
+        before = self._room()
         while self._kept() > keep:
             place = self._oldest_kept()
             assert place is not None
             self._drop(*place)
-        return self._free() - before
+        return self._room() - before
 
     # growth -----------------------------------------------------------------------------------------------------
 
@@ -272,17 +279,17 @@ class KvModel:
             if not self._heal(slot, [i for i in cells.quarantined if i < need]):
                 return self._refuse("driver", need - cells.prefix, self._free())
             missing = [i for i in range(need) if i not in cells.cells]
-            cheap = self._free() + self._kept()
+            cheap = self._room() + self._kept()
             available = cheap if cheap >= len(missing) else cheap + len(self._look_ahead(slot, need))
             if available < len(missing) and self._heal_all() > 0:
-                cheap = self._free() + self._kept()
+                cheap = self._room() + self._kept()
                 available = cheap if cheap >= len(missing) else cheap + len(self._look_ahead(slot, need))
             if available < len(missing):
-                return self._refuse("pages", len(missing), available)
+                return self._refuse("pages", len(missing), max(0, available))
             reason = self._grow(slot, missing, need)
             if reason:
-                free = self._free() + self._kept() + len(self._look_ahead(slot, need))
-                return self._refuse(reason, len(missing), free)
+                free = self._room() + self._kept() + len(self._look_ahead(slot, need))
+                return self._refuse(reason, len(missing), max(0, free))
         cells.tokens = max(cells.tokens, tokens)
         return None
 
@@ -454,6 +461,7 @@ class KvModel:
         self._releases += 1
         self._slots[slot].active = False
         self._slots[slot].order = self._releases
+        self._shrink()
 
     def reclaim(self, keep_groups: int | None = None) -> int:
         self._check_call(0, active=False)
@@ -470,6 +478,34 @@ class KvModel:
     def tokens(self, slot: int) -> int:
         self._check_call(slot, active=False)
         return self._slots[slot].tokens
+
+    def fence(self, stream: int = 0) -> None:
+        """Nothing runs beside the model: a fence has passed at once."""
+        self._check_call(0, active=False)
+        self._steps += 1
+
+    def stalls_us(self) -> list[float]:
+        return [0.0] * self._steps
+
+    def set_limit(self, groups: int) -> None:
+        """What the mapper does afterwards is done at once here, and again after every release()."""
+        self._check_call(0, active=False)
+        if groups < 1:
+            raise ValueError(f"groups={groups} is less than 1")
+        self._total = groups
+        self._highest = max(self._highest, groups)
+        self._shrink()
+
+    def _shrink(self) -> None:
+        while self._room() < 0:
+            ahead = self._look_ahead(-1, 0)
+            place = self._oldest_kept() or (ahead[0] if ahead else None)
+            if place is None:
+                return
+            self._count["reclaimed_groups"] += self._drop(*place)
+
+    def device_memory(self) -> tuple[int, int]:
+        return -1, -1
 
     def close(self) -> None:
         if self.closed:
@@ -535,6 +571,9 @@ class KvModel:
             kept_groups=counts[2],
             quarantined_groups=counts[3] + len(self._stranded),
             moving_groups=0,
+            stocked_groups=0,
+            over_limit_groups=max(0, -self._room()),
+            leaving_positions=0,
             quarantined_positions=sum(len(slot.quarantined) for slot in self._slots),
             shared_groups=sum(len(group.holders) > 1 for group in groups),
             read_only_groups=sum(bool(group.holders) and group.writer is None for group in groups),
@@ -543,12 +582,16 @@ class KvModel:
             shared_bytes=shared_pages * page,
             physical_bytes=len(groups) * self.geometry.group_bytes,
             queued_jobs=0,
+            steps=self._steps,
+            pending_fences=0,
             mappings=self._driver.mappings,
             mapping_budget=self._driver.mapping_budget,
             descriptor=-1,
             inode=-1,
             map_wait_us=0.0,
             grow_us=0.0,
+            fence_wait_us=0.0,
+            last_error="",
             driver_calls=dict(self._driver.calls),
             driver_failures=dict(self._driver.failures),
             driver_time_us=dict.fromkeys(self._driver.calls, 0.0),
@@ -569,5 +612,5 @@ class KvModel:
         pages = [page for group in self._groups() for page in group.pages]
         if sorted(pages) != sorted(self._driver.pages):
             raise RuntimeError("groups and driver disagree on which pages exist")
-        if self._free() < 0:
+        if len(self._groups()) > self._highest:
             raise RuntimeError("more groups than the pool has")

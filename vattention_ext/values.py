@@ -13,13 +13,17 @@ VERBS: tuple[str, ...] = ("reserve", "unreserve", "create", "destroy", "map", "a
 """The verbs of a driver, in the order in which a page lives."""
 
 
+class DriverError(RuntimeError):
+    """A driver does not work: it cannot be opened, or can no longer say what its device does. Not a lack of pages."""
+
+
 @dataclass(frozen=True, slots=True)
 class OutOfPages:
     """A growth or a share that was not done; nothing of it remains. Falsy. Retry after something was released.
 
     requested_groups: groups this call would have mapped. free_groups: obtainable when it was refused (never created,
     kept by released slots, or look-ahead of others). reason: "pages" (too few are left), "mappings" (the process may
-    hold no more kernel mappings) or "driver" (a driver call failed).
+    hold no more kernel mappings), "memory" (the books allow it and the system has none) or "driver" (a driver call failed).
     """
 
     requested_groups: int
@@ -45,13 +49,17 @@ class OutOfSlots:
 class KvStats:
     """One moment of an allocator. A physical group is counted once, in the most urgent of its states:
 
-    total = free + in_use + look_ahead + kept + quarantined + moving. in_use: holds tokens computed or in flight.
+    total + over_limit = free + in_use + look_ahead + kept + quarantined + moving. in_use: holds tokens computed or in flight.
     look_ahead: mapped beyond them in an active slot. kept: mapped in a released slot. quarantined: an unmap or
-    destroy failed. moving: in the mapper's hands at this moment (0 when its tickets are done and nothing expires).
+    destroy failed. moving: in the mapper's hands at this moment (0 when its tickets are done and nothing expires), or
+    leaving: mapped only until the kernels launched before its fence are through (leaving_positions, shared ones too).
+    stocked: of the free ones, created ahead. over_limit: live beyond a limit that was lowered; they end as they are
+    released.
     shared_groups (mapped in several slots) and read_only_groups (in no slot writable) are contained in these.
     mapped_bytes are virtual and writable, shared_bytes virtual and read-only, physical_bytes committed.
     driver_*: by verb, since the start. map_wait_us: foreground time spent waiting for the mapper; grow_us: spent
-    growing. mappings, mapping_budget, descriptor, inode: -1 where the driver has no such thing.
+    growing; fence_wait_us: spent waiting for kernels in flight; stalls_us() has the sum by step. steps: fences set;
+    pending_fences: not passed yet. last_error: of the driver, in its words. mappings, mapping_budget, descriptor, inode: -1 where the driver has no such thing.
     """
 
     total_groups: int
@@ -61,6 +69,9 @@ class KvStats:
     kept_groups: int
     quarantined_groups: int
     moving_groups: int
+    stocked_groups: int
+    over_limit_groups: int
+    leaving_positions: int
     quarantined_positions: int
     shared_groups: int
     read_only_groups: int
@@ -75,19 +86,24 @@ class KvStats:
     look_ahead_mapped: int
     look_ahead_given_up: int
     queued_jobs: int
+    steps: int
+    pending_fences: int
     mappings: int
     mapping_budget: int
     descriptor: int
     inode: int
     map_wait_us: float
     grow_us: float
+    fence_wait_us: float
+    last_error: str
     driver_calls: dict[str, int]
     driver_failures: dict[str, int]
     driver_time_us: dict[str, float]
 
 
 class Region(Protocol):
-    """One plane of the slab: slots * slot_bytes of addresses, most of them unmapped (touching those is a SIGSEGV).
+    """One plane of the slab: slots * slot_bytes of addresses, most of them unmapped (touching those is a SIGSEGV;
+    on a GPU an illegal access, which ends the context).
 
     `torch.from_dlpack(region)` is a uint8 tensor of shape (nbytes,) over it, without a copy and without touching it.
     The addresses stay reserved while the region or such a tensor lives, also after close().

@@ -1,30 +1,44 @@
 """What the extension's tests share: building each kind of allocator, and looking at it from outside (/proc, fstat).
 
-Knows no expected values.
+Kinds: "model"; "memfd", "fault"; "cuda", "fault_cuda" on the fake libcuda (fake.py); and "gpu", the CUDA driver on the
+first real GPU, where there is one. Knows no expected values.
 """
 
 from __future__ import annotations
 
 import ctypes
 import dataclasses
+import gc
 import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from tests.ext.fake import fake_cuda, has_gpu
 from vattention_ext import KvGeometry, KvStats
 from vattention_ext.model import KvModel
 
-KINDS = ("model", "memfd", "fault")
+LINUX = ("memfd", "fault")
+KINDS = ("model", *LINUX, "cuda", *(("gpu",) if has_gpu() else ()))
 PAGE_BYTES = 4096
+GPU_PAGE_BYTES = 2 << 20
 
 
-def geometry(layout: str = "mega", slots: int = 4, max_tokens: int = 50, layers: int = 3) -> KvGeometry:
-    """Small and awkward: tokens of 384 bytes (mega) straddle pages of 4 KiB; 50 tokens are 5 groups."""
+def geometry(
+    layout: str = "mega", slots: int = 4, max_tokens: int = 50, layers: int = 3, page_bytes: int = PAGE_BYTES
+) -> KvGeometry:
+    """Small and awkward: tokens of 384 bytes (mega) straddle pages of 4 KiB; 50 tokens are 5 groups. Larger pages have
+    tokens larger by the same factor."""
+    head_dim = 64 * page_bytes // PAGE_BYTES
     if layout == "mega":
-        return KvGeometry(layers, 1, 64, 2, max_tokens, slots, PAGE_BYTES, "mega")
-    return KvGeometry(layers - 1, 3, 64, 2, max_tokens, slots, PAGE_BYTES, "per_layer")
+        return KvGeometry(layers, 1, head_dim, 2, max_tokens, slots, page_bytes, "mega")
+    return KvGeometry(layers - 1, 3, head_dim, 2, max_tokens, slots, page_bytes, "per_layer")
+
+
+def page_bytes_of(kind: str) -> int:
+    """Smallest page of the kind."""
+    return GPU_PAGE_BYTES if kind == "gpu" else PAGE_BYTES
 
 
 def make(kind: str, shape: KvGeometry, **settings: Any) -> Any:
@@ -33,20 +47,30 @@ def make(kind: str, shape: KvGeometry, **settings: Any) -> Any:
         return KvModel(shape, **settings)
     from vattention_ext import KvAllocator
 
-    return KvAllocator(shape, driver=kind, **settings)
+    if kind in ("cuda", "fault_cuda"):
+        settings["libcuda"] = str(fake_cuda().path)
+    return KvAllocator(shape, driver="cuda" if kind == "gpu" else kind, **settings)
+
+
+def assert_clean(kind: str) -> None:
+    """Nobody did to the fake what may not be done to a GPU, and nothing of it is left."""
+    if kind in ("cuda", "fault_cuda"):
+        gc.collect()  # an address range lives as long as the last tensor over it
+        assert fake_cuda().violations() == []
+        assert fake_cuda().leftovers == 0
 
 
 def groups(stats: KvStats) -> dict[str, int]:
     """The group counts of a moment, without the zeros."""
     names = ("free", "in_use", "look_ahead", "kept", "quarantined", "moving")
     counts = {name: getattr(stats, f"{name}_groups") for name in names}
-    assert sum(counts.values()) == stats.total_groups, counts
+    assert sum(counts.values()) == stats.total_groups + stats.over_limit_groups, counts
     return {name: count for name, count in counts.items() if count}
 
 
 def comparable(stats: KvStats) -> dict[str, Any]:
     """All that the model and the native allocator must agree on: everything but times and what only Linux has."""
-    hidden = ("map_wait_us", "grow_us", "driver_time_us", "descriptor", "inode", "mapping_budget")
+    hidden = ("map_wait_us", "grow_us", "fence_wait_us", "last_error", "driver_time_us", "descriptor", "inode", "mapping_budget")
     return {f.name: getattr(stats, f.name) for f in dataclasses.fields(stats) if f.name not in hidden}
 
 

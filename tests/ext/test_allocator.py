@@ -1,4 +1,5 @@
-"""What the allocator promises, one promise a test, on the model, on Linux memory and behind the fault driver."""
+"""What the allocator promises, one promise a test: on the model, Linux memory, the fault driver, CUDA on its fake, and a
+GPU where there is one."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.ext.support import KINDS, geometry, groups, make
+from tests.ext.support import KINDS, LINUX, assert_clean, geometry, groups, make, page_bytes_of
 from vattention_ext import KvGeometry, OutOfPages, OutOfSlots
 
 Open = Callable[..., Any]
@@ -21,16 +22,19 @@ def open_kv(request: pytest.FixtureRequest) -> Iterator[Open]:
     opened = []
 
     def opener(layout: str = "mega", slots: int = 4, **settings: Any) -> Any:
-        kv = make(request.param, geometry(layout, slots), **settings)
+        kv = make(request.param, geometry(layout, slots, page_bytes=page_bytes_of(request.param)), **settings)
         opened.append(kv)
         return kv
 
     yield opener
-    for kv in opened:
+    while opened:
+        kv = opened.pop()
         kv.check()
         kv.close()
         kv.check()
         assert kv.stats().free_groups == kv.stats().total_groups
+        del kv
+    assert_clean(request.param)
 
 
 @pytest.mark.parametrize("layout", ["mega", "per_layer"])
@@ -217,6 +221,7 @@ def test_reclaim_stops_at_the_floor(open_kv: Open) -> None:
     assert groups(kv.stats()) == {"free": 12}
 
 
+@pytest.mark.parametrize("open_kv", ["model", *LINUX], indirect=True)
 @pytest.mark.parametrize("layout", ["mega", "per_layer"])
 def test_neighbours_are_one_mapping(open_kv: Open, layout: str) -> None:
     """Slots that grow in turns still cost two kernel mappings a plane each: one in use, one gap."""
@@ -228,6 +233,7 @@ def test_neighbours_are_one_mapping(open_kv: Open, layout: str) -> None:
     assert kv.stats().mappings == planes * 2 * 4
 
 
+@pytest.mark.parametrize("open_kv", ["model", *LINUX], indirect=True)
 def test_mapping_budget(open_kv: Open) -> None:
     """Opening refuses what can never fit; growing beyond the budget gives kept pages back first, then refuses."""
     with pytest.raises(ValueError, match="mappings"):
@@ -270,11 +276,63 @@ def test_misuse_is_named(open_kv: Open) -> None:
             call()
 
 
+def until(met: Callable[[], bool], limit_s: float = 20) -> None:
+    """Waits for what the mapper does by itself."""
+    deadline = time.perf_counter() + limit_s
+    while not met():
+        assert time.perf_counter() < deadline, "the mapper did not do it"
+        time.sleep(0.002)
+
+
+def test_the_limit_changes_while_running(open_kv: Open) -> None:
+    """A lower limit takes kept pages, then look-ahead, never pages in use; growth is refused until enough has ended."""
+    kv = open_kv(pool_groups=12, floor_groups=1)
+    a, b, c = (kv.acquire(0) for _ in range(3))
+    for slot, tokens in ((a, 40), (b, 30), (c, 30)):
+        kv.ensure(slot, tokens)
+    kv.release(c)
+    kv.set_tokens(b, 20)
+    assert groups(kv.stats()) == {"free": 2, "in_use": 6, "look_ahead": 1, "kept": 3}
+    kv.set_limit(7)
+    until(lambda: kv.stats().over_limit_groups == 0)
+    assert groups(kv.stats()) == {"in_use": 6, "look_ahead": 1}, "what is kept goes first, below the floor, too"
+    kv.set_limit(4)
+    until(lambda: kv.stats().look_ahead_groups == 0)
+    stats = kv.stats()
+    assert (stats.in_use_groups, stats.over_limit_groups, stats.total_groups, stats.free_groups) == (6, 2, 4, 0)
+    assert kv.tokens(a) == 40 and kv.tokens(b) == 20 and kv.mapped_tokens(a) >= 40
+    refusal = kv.ensure(b, 30)
+    assert refusal is not None and (refusal.reason, refusal.free_groups, refusal.total_groups) == ("pages", 0, 4)
+    kv.check()
+    kv.release(b)
+    until(lambda: kv.stats().over_limit_groups == 0)
+    assert groups(kv.stats()) == {"in_use": 4}
+    kv.set_limit(20)
+    assert kv.ensure(kv.acquire(0), 50) is None and groups(kv.stats()) == {"free": 11, "in_use": 9}
+    with pytest.raises(ValueError):
+        kv.set_limit(0)
+
+
+def test_fences_are_steps(open_kv: Open) -> None:
+    """A fence ends a step everywhere; where nothing runs beside the process it passes at once and costs no wait."""
+    kv = open_kv(pool_groups=10)
+    slot = kv.acquire(0)
+    for tokens in range(1, 11):
+        kv.ensure(slot, tokens)
+        kv.fence(0)
+    assert kv.stats().steps == len(kv.stalls_us()) == 10
+    kv.fence()
+    kv.release(slot)
+    until(lambda: kv.reclaim(0) >= 0 and kv.stats().kept_groups == 0)
+    assert groups(kv.stats()) == {"free": 10}
+
+
 @pytest.mark.parametrize(
     ("settings", "word"),
     [({"pool_groups": 0}, "pool_groups"), ({"pool_groups": 1, "floor_groups": 2}, "floor_groups"),
      ({"pool_groups": 1, "release_after_s": -1.0}, "release_after_s"),
      ({"pool_groups": 1, "release_after_s": math.nan}, "release_after_s"),
+     ({"pool_groups": 1, "stock_groups": 2}, "stock_groups"),
      ({"pool_groups": 1, "max_mappings": 0}, "max_mappings")],
 )
 def test_pool_settings_are_checked(open_kv: Open, settings: dict[str, Any], word: str) -> None:
@@ -303,10 +361,10 @@ def test_geometry_numbers_and_refusals() -> None:
                              "slots": 2}, **wrong})  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("kind", ["memfd", "fault"])
+@pytest.mark.parametrize("kind", KINDS[1:])
 def test_kept_pages_expire(kind: str) -> None:
     """After release_after_s the mapper gives kept groups back, down to the floor, with nobody calling."""
-    kv = make(kind, geometry(), pool_groups=10, release_after_s=0.05, floor_groups=1)
+    kv = make(kind, geometry(page_bytes=page_bytes_of(kind)), pool_groups=10, release_after_s=0.05, floor_groups=1)
     slot = kv.acquire(0)
     kv.ensure(slot, 50)
     kv.release(slot)

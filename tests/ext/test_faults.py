@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.ext.support import committed_bytes, geometry, groups, make, own_maps
+from tests.ext.support import assert_clean, committed_bytes, geometry, groups, make, own_maps
 
 MOST_CALLS = 2000  # far more than the run makes: a bound for the loop below
 
@@ -56,7 +56,7 @@ def run(kv: Any) -> None:
 @pytest.mark.parametrize(
     ("layout", "times"), [("mega", 1), ("mega", 2), ("mega", -1), ("per_layer", 1), ("per_layer", 2)]
 )
-@pytest.mark.parametrize("kind", ["model", "fault"])
+@pytest.mark.parametrize("kind", ["model", "fault", "fault_cuda"])
 @pytest.mark.parametrize("verb", ["create", "destroy", "map", "allow", "unmap", "any"])
 def test_nth_failure_of_every_verb(kind: str, layout: str, verb: str, times: int) -> None:
     """n = 1, 2, ... until nothing failed any more. Afterwards one reclaim heals all, and closing returns all."""
@@ -80,10 +80,12 @@ def test_nth_failure_of_every_verb(kind: str, layout: str, verb: str, times: int
         assert kv.stats().physical_bytes == 0
         if fired[-1] == 0:
             break
+    del kv
+    assert_clean(kind)
     assert fired[-1] == 0 and len(fired) > 5, "the verb must have failed in many places, and at last in none"
 
 
-@pytest.mark.parametrize("kind", ["model", "fault"])
+@pytest.mark.parametrize("kind", ["model", "fault", "fault_cuda"])
 def test_failed_unmap_quarantines_and_counts(kind: str) -> None:
     """A page whose unmap failed is not used again until an unmap worked; the slot is not handed out meanwhile."""
     kv = make(kind, geometry(slots=2), pool_groups=6)
@@ -106,7 +108,7 @@ def test_failed_unmap_quarantines_and_counts(kind: str) -> None:
     kv.close()
 
 
-@pytest.mark.parametrize("kind", ["model", "fault"])
+@pytest.mark.parametrize("kind", ["model", "fault", "fault_cuda"])
 def test_memory_taken_by_others_is_replaced_by_kept_pages(kind: str) -> None:
     """The books say a page is free and the system has none: kept pages are taken instead, then look-ahead."""
     kv = make(kind, geometry(), pool_groups=10)
@@ -156,5 +158,5 @@ def test_only_the_fault_driver_injects() -> None:
     with pytest.raises(ValueError, match="fault"):
         kv.fail_at("map", 1)
     with pytest.raises(ValueError, match="unknown"):
-        make("cuda", geometry(), pool_groups=4)
+        make("rocm", geometry(), pool_groups=4)
     kv.close()

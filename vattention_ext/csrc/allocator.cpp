@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <stdexcept>
 
 namespace vattn {
@@ -12,18 +11,14 @@ namespace {
 
 std::string number(std::int64_t value) { return std::to_string(value); }
 
-std::string code_text(Status status) {
-  if (status.code == kInjected) return "failure injected";
-  return status.code == kOverBudget ? "mapping budget exhausted" : std::strerror(status.code);
-}
-
 }  // namespace
 
 Allocator::Allocator(const Geometry& geometry, const Options& options)
     : geometry_(geometry),
       options_(options),
       driver_([&] {
-        auto inner = open_driver(options.driver, static_cast<std::size_t>(geometry.page_bytes), options.max_mappings);
+        auto inner = open_driver({options.driver, static_cast<std::size_t>(geometry.page_bytes), options.max_mappings,
+                                  options.device, options.library});
         faults_ = dynamic_cast<FaultDriver*>(inner.get());
         if (faults_ != nullptr && options.fail_nth > 0) {
           faults_->fail_at(options.fail_verb, options.fail_nth, options.fail_times);
@@ -32,7 +27,9 @@ Allocator::Allocator(const Geometry& geometry, const Options& options)
       }()),
       pool_(*driver_, geometry, options.pool_groups),
       table_(*driver_, geometry, reserve_regions()),
-      mapper_(mutex_, *this) {
+      fences_(*driver_),
+      mapper_(mutex_, *this),
+      highest_limit_(options.pool_groups) {
   require_mappings_fit(options.driver);
   mapper_.start();
 }
@@ -46,8 +43,8 @@ std::vector<Address> Allocator::reserve_regions() {
     auto region = std::make_shared<Reservation>();
     const Status status = Reservation::open(driver_, static_cast<std::size_t>(bytes), *region);
     if (!status.ok()) {
-      throw std::runtime_error("cannot reserve " + number(geometry_.planes) + " x " + number(bytes) +
-                               " bytes of addresses: " + code_text(status) + "; lower max_model_len or max_num_seqs");
+      throw DriverFailure("cannot reserve " + number(geometry_.planes) + " x " + number(bytes) +
+                               " bytes of addresses: " + driver_->explain(status) + "; lower max_model_len or max_num_seqs");
     }
     bases.push_back(region->address());
     regions_.push_back(std::move(region));
@@ -90,7 +87,9 @@ void Allocator::require_tokens(std::int64_t tokens) const {
 }
 
 void Allocator::wait_for_mapper(Lock& lock, std::int64_t slot) {
-  map_wait_ns_ += static_cast<std::int64_t>(mapper_.wait_not_busy(lock, slot) * 1e9);
+  const auto waited_ns = static_cast<std::int64_t>(mapper_.wait_not_busy(lock, slot) * 1e9);
+  map_wait_ns_ += waited_ns;
+  stalls_.add(waited_ns);
   require_open();
 }
 
@@ -119,6 +118,7 @@ void Allocator::set_tokens(std::int64_t slot, std::int64_t tokens) {
     throw std::invalid_argument("tokens=" + number(tokens) + " needs " + number(need) + " groups and slot " +
                                 number(slot) + " has " + number(table_.at(slot).prefix) + " mapped; use ensure()");
   }
+  if (tokens < table_.at(slot).tokens) guard(slot);
   table_.set_tokens(slot, tokens);
   drop_shared_from(slot, need);
 }
@@ -132,7 +132,7 @@ void Allocator::trim(std::int64_t slot, std::int64_t tokens) {
   require_active(slot);
   Slot& s = table_.at(slot);
   for (std::int64_t index = s.size() - 1; index >= s.in_use; --index) {
-    if (s.positions[static_cast<std::size_t>(index)].mapped()) drop(slot, index);
+    if (s.positions[static_cast<std::size_t>(index)].mapped()) let_go(slot, index);
   }
   table_.shorten(slot);
 }
@@ -144,12 +144,53 @@ void Allocator::release(std::int64_t slot) {
   ++table_.at(slot).generation;  // before the wait: the mapper begins no further unit for this slot
   wait_for_mapper(lock, slot);
   require_active(slot);
+  guard(slot);
   table_.set_tokens(slot, 0);
   drop_shared_from(slot, 0);
   table_.shorten(slot);
   const bool timer_slept = table_.kept() <= options_.floor_groups;
   table_.deactivate(slot, ++releases_);
-  if (timer_slept && !std::isinf(options_.release_after_s)) mapper_.wake();
+  if ((timer_slept && !std::isinf(options_.release_after_s)) || pool_.room() < 0) mapper_.wake();
+}
+
+void Allocator::guard(std::int64_t slot) noexcept {
+  fences_.poll();
+  table_.at(slot).guard = fences_.last();
+}
+
+void Allocator::fence(std::uint64_t stream) {
+  const Lock lock(mutex_);
+  require_open();
+  const Status status = fences_.add(stream);
+  if (!status.ok()) {
+    throw DriverFailure("cannot follow stream " + std::to_string(stream) + ": " + driver_->explain(status) +
+                        "; nothing may be unmapped safely any more, end the process");
+  }
+  stalls_.end_step();
+}
+
+std::vector<std::int64_t> Allocator::stalls() {
+  const Lock lock(mutex_);
+  std::vector<std::int64_t> out;
+  out.reserve(Stalls::kSteps);
+  stalls_.each([&](std::int64_t wait_ns) { out.push_back(wait_ns); });
+  return out;
+}
+
+void Allocator::set_limit(std::int64_t groups) {
+  const Lock lock(mutex_);
+  require_open();
+  pool_.set_total(groups);
+  highest_limit_ = std::max(highest_limit_, groups);
+  mapper_.wake();
+}
+
+Memory Allocator::device_memory() {
+  require_open();
+  Memory memory;
+  const Status status = driver_->memory(memory);
+  if (!status.ok()) throw DriverFailure("cannot read the device's memory: " + driver_->explain(status));
+  return memory;
 }
 
 bool Allocator::drop(std::int64_t slot, std::int64_t index) {
@@ -160,12 +201,36 @@ bool Allocator::drop(std::int64_t slot, std::int64_t index) {
   return dropped;
 }
 
+void Allocator::let_go(std::int64_t slot, std::int64_t index) {
+  if (!guarded(slot)) {
+    drop(slot, index);
+    return;
+  }
+  table_.depart(slot, index);
+  mapper_.wake();
+}
+
+std::int64_t Allocator::drop_leaving() {
+  const std::int64_t before = pool_.room();
+  for (;;) {
+    const Place place = table_.any_leaving(fences_.passed());
+    if (place.slot < 0) return pool_.room() - before;
+    drop(place.slot, place.index);
+    table_.shorten(place.slot);
+  }
+}
+
+void Allocator::empty_stock() {
+  stock_wanted_ = false;
+  while (pool_.stocked() > 0) pool_.retire(pool_.unstock());
+}
+
 // Positions out of use must be private and writable: whoever gets them next writes there.
 void Allocator::drop_shared_from(std::int64_t slot, std::int64_t first) {
   Slot& s = table_.at(slot);
   for (std::int64_t index = s.size() - 1; index >= first; --index) {
     const Position& position = s.positions[static_cast<std::size_t>(index)];
-    if (position.mapped() && !position.group->is_private_to(slot)) drop(slot, index);
+    if (position.mapped() && !position.group->is_private_to(slot)) let_go(slot, index);
   }
 }
 
@@ -178,7 +243,7 @@ bool Allocator::heal(std::int64_t slot, std::int64_t first, std::int64_t end) {
 }
 
 std::int64_t Allocator::heal_all() {
-  const std::int64_t before = pool_.free();
+  const std::int64_t before = pool_.room();
   if (table_.quarantined_positions() > 0) {
     for (std::int64_t slot = 0; slot < table_.count(); ++slot) {
       if (table_.at(slot).quarantined == 0) continue;
@@ -187,24 +252,28 @@ std::int64_t Allocator::heal_all() {
     }
   }
   pool_.retry_stranded();
-  return pool_.free() - before;
+  return pool_.room() - before;
 }
 
 std::int64_t Allocator::give_back(std::int64_t keep_groups) {
-  const std::int64_t before = pool_.free();
+  const std::int64_t before = pool_.room();
   while (table_.kept() > keep_groups) {
-    const Place place = table_.oldest_kept();
+    const Place place = table_.oldest_kept(fences_.passed());
+    if (place.slot < 0) break;  // the rest may still be read
     drop(place.slot, place.index);
     table_.shorten(place.slot);
   }
-  return pool_.free() - before;
+  return pool_.room() - before;
 }
 
 std::int64_t Allocator::reclaim(std::int64_t keep_groups) {
   Lock lock(mutex_);
   require_open();
   wait_for_mapper(lock, -1);
-  const std::int64_t freed = heal_all() + give_back(keep_groups < 0 ? options_.floor_groups : keep_groups);
+  fences_.poll();
+  empty_stock();
+  const std::int64_t freed =
+      heal_all() + drop_leaving() + give_back(keep_groups < 0 ? options_.floor_groups : keep_groups);
   reclaimed_ += freed;
   return freed;
 }
@@ -233,6 +302,8 @@ void Allocator::close() noexcept {
   if (closed_.exchange(true)) return;
   mapper_.stop();
   const Lock lock(mutex_);
+  driver_->quiesce();
+  fences_.clear();
   for (std::int64_t slot = 0; slot < table_.count(); ++slot) {
     Slot& s = table_.at(slot);
     for (std::int64_t index = s.size() - 1; index >= 0; --index) {
@@ -242,6 +313,7 @@ void Allocator::close() noexcept {
     table_.shorten(slot);
   }
   pool_.retry_stranded();
+  empty_stock();
   regions_.clear();  // unreserved when the last exported tensor lets go
   driver_->finish();
 }

@@ -28,6 +28,8 @@ constexpr std::int64_t kLimit = std::int64_t{1} << 40;  // of any count that com
 // One plane of the slab; keeps its addresses reserved for as long as it, or a tensor made from it, lives.
 struct Region {
   std::shared_ptr<vattn::Reservation> reservation;
+  int device_type = vattn::kDeviceCpu;  // DLPack's
+  int device = 0;
 };
 
 // A DLPack capsule; the protocol's keywords ask for nothing that would differ, except a copy.
@@ -37,8 +39,9 @@ nb::object dlpack(const Region& region, const nb::kwargs& kwargs) {
   }
   auto* keep = new std::shared_ptr<vattn::Reservation>(region.reservation);
   nb::capsule owner(keep, [](void* p) noexcept { delete static_cast<std::shared_ptr<vattn::Reservation>*>(p); });
-  nb::ndarray<std::uint8_t, nb::ndim<1>, nb::device::cpu> array(
-      reinterpret_cast<void*>(region.reservation->address()), {region.reservation->bytes()}, owner);
+  const nb::ndarray<std::uint8_t, nb::ndim<1>> array(
+      reinterpret_cast<void*>(region.reservation->address()), {region.reservation->bytes()}, owner, {},
+      nb::dtype<std::uint8_t>(), region.device_type, region.device);
   return nb::cast(array, nb::rv_policy::reference);
 }
 
@@ -137,6 +140,9 @@ nb::dict stats(Allocator& self) {
       {"kept_groups", s.kept_groups},
       {"quarantined_groups", s.quarantined_groups},
       {"moving_groups", s.moving_groups},
+      {"stocked_groups", s.stocked_groups},
+      {"over_limit_groups", s.over_limit_groups},
+      {"leaving_positions", s.leaving_positions},
       {"quarantined_positions", s.quarantined_positions},
       {"shared_groups", s.shared_groups},
       {"read_only_groups", s.read_only_groups},
@@ -153,12 +159,16 @@ nb::dict stats(Allocator& self) {
       {"queued_jobs", s.queued_jobs},
       {"mappings", s.facts.mappings},
       {"mapping_budget", s.facts.mapping_budget},
+      {"steps", s.steps},
+      {"pending_fences", s.pending_fences},
       {"descriptor", s.facts.descriptor},
       {"inode", s.facts.inode},
   };
   for (const auto& [key, value] : counts) out[key] = value;
   out["map_wait_us"] = static_cast<double>(s.map_wait_ns) / 1e3;
   out["grow_us"] = static_cast<double>(s.grow_ns) / 1e3;
+  out["fence_wait_us"] = static_cast<double>(s.fence_wait_ns) / 1e3;
+  out["last_error"] = s.last_error;
   nb::dict calls, failures, times;
   for (int i = 0; i < vattn::kVerbs; ++i) {
     const char* verb = vattn::verb_name(static_cast<Verb>(i));
@@ -169,6 +179,17 @@ nb::dict stats(Allocator& self) {
   out["driver_calls"] = calls;
   out["driver_failures"] = failures;
   out["driver_time_us"] = times;
+  return out;
+}
+
+nb::list stalls_us(Allocator& self) {
+  std::vector<std::int64_t> stalls;
+  {
+    const nb::gil_scoped_release release;
+    stalls = self.stalls();
+  }
+  nb::list out;
+  for (const std::int64_t stall_ns : stalls) out.append(static_cast<double>(stall_ns) / 1e3);
   return out;
 }
 
@@ -192,8 +213,9 @@ void require(bool ok, const std::string& message) {
 
 void build(Allocator* self, std::int64_t planes, std::int64_t slots, std::int64_t groups_per_slot,
            std::int64_t page_bytes, std::int64_t token_bytes, std::int64_t max_tokens, const std::string& driver,
-           std::int64_t pool_groups, double release_after_s, std::int64_t floor_groups, std::int64_t max_mappings,
-           const std::string& fail_verb, std::int64_t fail_nth, std::int64_t fail_times) {
+           int device, const std::string& libcuda, std::int64_t pool_groups, double release_after_s,
+           std::int64_t floor_groups, std::int64_t stock_groups, std::int64_t max_mappings, const std::string& fail_verb,
+           std::int64_t fail_nth, std::int64_t fail_times) {
   const vattn::Geometry geometry{planes, slots, groups_per_slot, page_bytes, token_bytes, max_tokens};
   for (const std::int64_t value : {planes, slots, groups_per_slot, page_bytes, token_bytes, max_tokens, pool_groups}) {
     require(value >= 1 && value <= kLimit, "sizes must be in 1..2^40, got " + std::to_string(value));
@@ -204,10 +226,15 @@ void build(Allocator* self, std::int64_t planes, std::int64_t slots, std::int64_
   require(static_cast<double>(max_tokens) * static_cast<double>(token_bytes) < 0x1p61, "a slot has 2^61 bytes or more");
   require(token_bytes <= page_bytes, "token_bytes must be at most page_bytes");
   require(geometry.groups_for(max_tokens) <= groups_per_slot, "max_tokens do not fit groups_per_slot");
-  require(floor_groups >= 0 && max_mappings >= 0 && fail_nth >= 0, "counts must be >= 0");
+  for (const std::int64_t value : {floor_groups, stock_groups, max_mappings, fail_nth}) {
+    require(value >= 0 && value <= kLimit, "counts must be in 0..2^40, got " + std::to_string(value));
+  }
   require(!std::isnan(release_after_s) && release_after_s >= 0, "release_after_s must be >= 0");
   vattn::Options options;
   options.driver = driver;
+  options.device = device;
+  options.library = libcuda;
+  options.stock_groups = stock_groups;
   options.pool_groups = pool_groups;
   options.release_after_s = release_after_s;
   options.floor_groups = floor_groups;
@@ -223,8 +250,8 @@ void bind_allocator(nb::module_& m) {
   using Freed = nb::call_guard<nb::gil_scoped_release>;
   nb::class_<Allocator>(m, "Allocator")
       .def("__init__", &build, nb::kw_only(), "planes"_a, "slots"_a, "groups_per_slot"_a, "page_bytes"_a,
-           "token_bytes"_a, "max_tokens"_a, "driver"_a, "pool_groups"_a, "release_after_s"_a, "floor_groups"_a,
-           "max_mappings"_a, "fail_verb"_a, "fail_nth"_a, "fail_times"_a)
+           "token_bytes"_a, "max_tokens"_a, "driver"_a, "device"_a, "libcuda"_a, "pool_groups"_a, "release_after_s"_a,
+           "floor_groups"_a, "stock_groups"_a, "max_mappings"_a, "fail_verb"_a, "fail_nth"_a, "fail_times"_a)
       .def("acquire", &acquire, "tokens"_a)
       .def("ensure", &ensure, "slot"_a, "tokens"_a)
       .def("ensure_many", &ensure_many, "wanted"_a)
@@ -232,6 +259,23 @@ void bind_allocator(nb::module_& m) {
       .def("set_tokens", &Allocator::set_tokens, "slot"_a, "tokens"_a, Freed())
       .def("trim", &Allocator::trim, "slot"_a, "tokens"_a, Freed())
       .def("release", &Allocator::release, "slot"_a, Freed())
+      .def("fence", &Allocator::fence, "stream"_a = 0)
+      .def("stalls_us", &stalls_us)
+      .def("set_limit",
+           [](Allocator& self, std::int64_t groups) {
+             require(groups >= 1 && groups <= kLimit, "groups=" + std::to_string(groups) + " is not in 1..2^40");
+             self.set_limit(groups);
+           },
+           "groups"_a, Freed())
+      .def("device_memory",
+           [](Allocator& self) {
+             vattn::Memory memory;
+             {
+               const nb::gil_scoped_release release;
+               memory = self.device_memory();
+             }
+             return nb::make_tuple(memory.free_bytes, memory.total_bytes);
+           })
       .def("share", &share, "src_slot"_a, "dst_slot"_a, "groups"_a)
       .def("reclaim",
            [](Allocator& self, std::optional<std::int64_t> keep) {
@@ -249,8 +293,11 @@ void bind_allocator(nb::module_& m) {
       .def_prop_ro("regions",
                    [](Allocator& self) {
                      const nb::gil_scoped_release release;
+                     const vattn::DriverFacts facts = self.facts();
                      std::vector<Region> regions;
-                     for (auto& reservation : self.regions()) regions.push_back({std::move(reservation)});
+                     for (auto& reservation : self.regions()) {
+                       regions.push_back({std::move(reservation), facts.device_type, facts.device});
+                     }
                      return regions;
                    })
       .def("fail_at",
@@ -266,11 +313,18 @@ void bind_allocator(nb::module_& m) {
 
 NB_MODULE(_native, m) {
   m.doc() = "The allocator in C++; use vattention_ext.KvAllocator.";
+  nb::register_exception_translator([](const std::exception_ptr& thrown, void*) {
+    try {
+      std::rethrow_exception(thrown);
+    } catch (const vattn::DriverFailure& failure) {
+      PyErr_SetString(value_class("DriverError").ptr(), failure.what());
+    }
+  });
   nb::class_<Region>(m, "Region")
       .def_prop_ro("address", [](const Region& r) { return r.reservation->address(); })
       .def_prop_ro("nbytes", [](const Region& r) { return r.reservation->bytes(); })
       .def("__dlpack__", &dlpack)
-      .def("__dlpack_device__", [](const Region&) { return nb::make_tuple(1, 0); });  // (kDLCPU, 0)
+      .def("__dlpack_device__", [](const Region& r) { return nb::make_tuple(r.device_type, r.device); });
   nb::class_<vattn::Ticket>(m, "Ticket")
       .def_prop_ro("done", &vattn::Ticket::done)
       .def("wait",

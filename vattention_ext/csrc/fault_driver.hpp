@@ -24,6 +24,7 @@ class FaultDriver final : public Driver {
   [[nodiscard]] const char* name() const noexcept override { return "fault"; }
   [[nodiscard]] std::size_t granularity() const noexcept override { return inner_->granularity(); }
   [[nodiscard]] DriverFacts facts() const noexcept override { return inner_->facts(); }
+  [[nodiscard]] std::string explain(Status status) const override { return inner_->explain(status); }
 
   Status reserve(std::size_t bytes, Address& out) noexcept override;
   Status unreserve(Address address, std::size_t bytes) noexcept override;
@@ -34,6 +35,12 @@ class FaultDriver final : public Driver {
   Status unmap(Address address, std::size_t bytes) noexcept override;
   void warm(Address address, std::size_t bytes) noexcept override { inner_->warm(address, bytes); }
   void finish() noexcept override { inner_->finish(); }
+  Status mark(std::uint64_t stream, Mark& out) noexcept override { return inner_->mark(stream, out); }
+  [[nodiscard]] bool passed(Mark mark) noexcept override { return inner_->passed(mark); }
+  void await(Mark mark) noexcept override { inner_->await(mark); }
+  void forget(Mark mark) noexcept override { inner_->forget(mark); }
+  void quiesce() noexcept override { inner_->quiesce(); }
+  Status memory(Memory& out) noexcept override { return inner_->memory(out); }
 
  private:
   bool strike(Verb verb) noexcept;

@@ -3,6 +3,7 @@
 // Where pages come from, in this order: the pool (created now), kept pages of released slots (the longest released
 // first), look-ahead pages of running slots. A create that the system refuses falls through to the next source.
 #include <algorithm>
+#include <cerrno>
 #include <stdexcept>
 
 #include "allocator.hpp"
@@ -62,48 +63,100 @@ Refusal Allocator::ensure_locked(Lock& lock, std::int64_t slot, std::int64_t tok
   if (need > s.prefix) {
     wait_for_mapper(lock, slot);
     require_active(slot);
+    const std::int64_t waited_ns = map_wait_ns_ + fence_wait_ns_;  // these are counted where they are spent
     const auto start = Mapper::Clock::now();
     const Refusal refusal = need > s.prefix ? map_up_to(lock, slot, need) : Refusal{};
-    grow_ns_ += (Mapper::Clock::now() - start).count();
+    const std::int64_t spent_ns = (Mapper::Clock::now() - start).count() - (map_wait_ns_ + fence_wait_ns_ - waited_ns);
+    grow_ns_ += spent_ns;
+    stalls_.add(spent_ns);
     if (refusal.refused()) return refusal;
   }
   if (tokens > s.tokens) table_.set_tokens(slot, tokens);
   return {};
 }
 
+std::int64_t Allocator::obtainable(std::int64_t slot, std::int64_t need, std::int64_t count,
+                                   FenceNumber passed) const noexcept {
+  const std::int64_t cheap = pool_.room() + table_.kept(passed);
+  return cheap >= count ? cheap : cheap + table_.look_ahead(slot, need, passed);
+}
+
+bool Allocator::wait_for_fence(Lock& lock, std::int64_t slot) {
+  fences_.poll();
+  const std::shared_ptr<const Fence> oldest = fences_.oldest();
+  if (oldest == nullptr) return false;
+  const auto start = Mapper::Clock::now();
+  lock.unlock();
+  oldest->await();
+  lock.lock();
+  const std::int64_t waited_ns = (Mapper::Clock::now() - start).count();
+  fence_wait_ns_ += waited_ns;
+  stalls_.add(waited_ns);
+  fences_.poll();
+  wait_for_mapper(lock, slot);
+  return true;
+}
+
+bool Allocator::leaving_in_the_way(Lock& lock, std::int64_t slot, std::int64_t need) {
+  Slot& s = table_.at(slot);
+  if (s.leaving == 0) return false;
+  for (std::int64_t index = 0; index < std::min(need, s.size()); ++index) {
+    if (!s.positions[static_cast<std::size_t>(index)].leaving) continue;
+    if (guarded(slot)) return wait_for_fence(lock, slot);
+    drop(slot, index);
+  }
+  return false;
+}
+
 Refusal Allocator::map_up_to(Lock& lock, std::int64_t slot, std::int64_t need) {
   Slot& s = table_.at(slot);
-  for (bool waited = false;; waited = true) {
+  for (bool waited = false;;) {
+    fences_.poll();
+    if (leaving_in_the_way(lock, slot, need)) {
+      require_active(slot);
+      continue;
+    }
+    if (need <= s.prefix) return {};
     if (!heal(slot, 0, need)) return refuse(Reason::driver, need - s.prefix, pool_.free());
     Wanted missing;
     for (std::int64_t index = s.prefix; index < need; ++index) {
       if (index >= s.size() || !s.positions[static_cast<std::size_t>(index)].mapped()) missing.push_back(index);
     }
     const auto count = static_cast<std::int64_t>(missing.size());
-    const auto obtainable = [&] {
-      const std::int64_t cheap = pool_.free() + table_.kept();
-      return cheap >= count ? cheap : cheap + table_.look_ahead(slot, need);
-    };
-    std::int64_t available = obtainable();
+    std::int64_t available = obtainable(slot, need, count, fences_.passed());
     if (available < count && mapper_.busy() && !waited) {
       // What the mapper has in hand is ours as soon as it lands. Others run meanwhile and may take look-ahead pages of
       // this very slot: everything is looked at again.
       wait_for_mapper(lock, -1);
       require_active(slot);
+      waited = true;
       continue;
     }
-    if (available < count && heal_all() > 0) available = obtainable();
-    if (available < count) return refuse(Reason::pages, count, available);
-    return grow(slot, missing, need);
+    if (available < count && drop_leaving() + heal_all() > 0) {
+      available = obtainable(slot, need, count, fences_.passed());
+    }
+    const std::int64_t in_time = obtainable(slot, need, count, kEveryFence) + table_.leaving();
+    const Reason reason = available < count ? Reason::pages : grow(slot, missing, need);
+    if (reason == Reason::none) return {};
+    // The books are right, but kernels in flight may still read what was released last.
+    if (in_time > available && in_time >= count && wait_for_fence(lock, slot)) {
+      require_active(slot);
+      waited = false;
+      continue;
+    }
+    if (reason != Reason::pages) {  // what a failed growth undid is obtainable again
+      available = pool_.room() + table_.kept() + table_.look_ahead(slot, need, kEveryFence);
+    }
+    return refuse(reason, count, available);
   }
 }
 
 Refusal Allocator::refuse(Reason reason, std::int64_t requested, std::int64_t free) {
   ++refusals_;
-  return {reason, requested, free, pool_.total()};
+  return {reason, requested, std::max<std::int64_t>(0, free), pool_.total()};
 }
 
-Refusal Allocator::grow(std::int64_t slot, const Wanted& missing, std::int64_t need) {
+Reason Allocator::grow(std::int64_t slot, const Wanted& missing, std::int64_t need) {
   table_.make_room(slot, need);
   std::vector<Arrival> arrivals;
   arrivals.reserve(missing.size());
@@ -112,32 +165,36 @@ Refusal Allocator::grow(std::int64_t slot, const Wanted& missing, std::int64_t n
     Arrival arrival;
     arrival.index = index;
     arrival.mappings.reserve(static_cast<std::size_t>(geometry_.planes));
-    arrival.group = obtain(slot, index, need);
-    if (arrival.group == nullptr) {
-      reason = Reason::driver;
-      break;
-    }
+    arrival.group = obtain(slot, index, need, reason);
+    if (arrival.group == nullptr) break;
     arrivals.push_back(std::move(arrival));
   }
   if (reason == Reason::none) reason = place_all(slot, arrivals, Access::read_write);
-  if (reason != Reason::none) {
-    undo(slot, arrivals);
-    const auto requested = static_cast<std::int64_t>(missing.size());
-    return refuse(reason, requested, pool_.free() + table_.kept() + table_.look_ahead(slot, need));
-  }
-  return {};
+  if (reason != Reason::none) undo(slot, arrivals);
+  return reason;
 }
 
-GroupPtr Allocator::obtain(std::int64_t slot, std::int64_t index, std::int64_t need) {
+GroupPtr Allocator::claim() {
+  stock_wanted_ = true;
+  claimed_at_ = Mapper::Clock::now();
+  return pool_.claim();
+}
+
+GroupPtr Allocator::obtain(std::int64_t slot, std::int64_t index, std::int64_t need, Reason& reason) {
+  Status created;
   if (pool_.free() > 0) {
-    GroupPtr group = pool_.claim();
-    if (pool_.fill(*group, slot, index).ok()) return group;
+    GroupPtr group = claim();
+    created = pool_.fill(*group, slot, index);
+    if (created.ok()) return group;
     pool_.retire(std::move(group));
   }
   for (;;) {
-    Place place = table_.oldest_kept();
-    if (place.slot < 0) place = table_.any_look_ahead(slot, need);
-    if (place.slot < 0) return nullptr;
+    Place place = table_.oldest_kept(fences_.passed());
+    if (place.slot < 0) place = table_.any_look_ahead(slot, need, fences_.passed());
+    if (place.slot < 0) {
+      reason = created.code == ENOMEM || created.code == ENOSPC ? Reason::memory : Reason::driver;
+      return nullptr;
+    }
     if (GroupPtr group = steal(place)) return group;
   }
 }
@@ -153,7 +210,7 @@ GroupPtr Allocator::steal(Place place) {
 Status Allocator::map_or_relieve(std::int64_t slot, Arrival& arrival) {
   for (;;) {
     const Status status = table_.map(slot, arrival);
-    if (status.code != kOverBudget || table_.kept() == 0) return status;
+    if (status.code != kOverBudget || table_.kept(fences_.passed()) == 0) return status;
     // Kept pages are mappings, too: give them back, oldest first, until it fits.
     reclaimed_ += give_back(table_.kept() - 1);
   }
@@ -204,10 +261,20 @@ Refusal Allocator::share(std::int64_t source, std::int64_t target, std::int64_t 
     }
   };
   require();
-  wait_for_mapper(lock, source);
-  wait_for_mapper(lock, target);
-  require();
   Slot& to = table_.at(target);
+  const auto in_the_way = [&] {
+    for (std::int64_t index = to.in_use; index < std::min(groups, to.size()); ++index) {
+      if (to.positions[static_cast<std::size_t>(index)].group != nullptr) return true;
+    }
+    return false;
+  };
+  do {
+    wait_for_mapper(lock, source);
+    wait_for_mapper(lock, target);
+    require();
+    fences_.poll();
+  } while (guarded(target) && in_the_way() && wait_for_fence(lock, target));
+  require();
   table_.make_room(target, groups);
   std::vector<Arrival> arrivals;
   for (std::int64_t index = to.in_use; index < groups; ++index) {

@@ -1,4 +1,5 @@
-// Move-only owners of what a driver hands out: Reservation (addresses), Page (memory), Mapping (one under the other).
+// Move-only owners of what a driver hands out: Reservation (addresses), Page (memory), Mapping (one under the other),
+// Fence (a mark in a stream).
 // They know nothing of slots. Dropping one gives it back; whoever must know whether that worked calls close() first.
 #pragma once
 
@@ -133,6 +134,42 @@ class Mapping {
   Driver* driver_ = nullptr;
   Address address_ = 0;
   std::size_t bytes_ = 0;
+};
+
+// A point after which nothing launched before it runs any more.
+class Fence {
+ public:
+  Fence() = default;
+  Fence(Fence&& other) noexcept { swap(other); }
+  Fence& operator=(Fence&& other) noexcept { swap(other); return *this; }
+  ~Fence() {
+    if (driver_ != nullptr) driver_->forget(mark_);
+  }
+
+  static Status open(Driver& driver, std::uint64_t stream, Fence& out) noexcept {
+    Mark mark = 0;
+    const Status status = driver.mark(stream, mark);
+    if (status.ok()) {
+      Fence made;
+      made.driver_ = &driver;
+      made.mark_ = mark;
+      out.swap(made);
+    }
+    return status;
+  }
+
+  [[nodiscard]] bool passed() const noexcept { return driver_ == nullptr || driver_->passed(mark_); }
+  void await() const noexcept {
+    if (driver_ != nullptr) driver_->await(mark_);
+  }
+
+ private:
+  void swap(Fence& other) noexcept {
+    std::swap(driver_, other.driver_);
+    std::swap(mark_, other.mark_);
+  }
+  Driver* driver_ = nullptr;
+  Mark mark_ = 0;
 };
 
 }  // namespace vattn

@@ -7,10 +7,12 @@
 namespace vattn {
 namespace {
 
-enum Kind : int { kInUse, kLookAhead, kKept, kQuarantined };
+enum Kind : int { kInUse, kLookAhead, kKept, kLeaving, kQuarantined };
+constexpr int kKinds = 5;
 
 Kind kind_of(const Slot& slot, std::int64_t index, const Position& position) {
   if (position.quarantined) return kQuarantined;
+  if (position.leaving) return kLeaving;
   if (!slot.active) return kKept;
   return index < slot.in_use ? kInUse : kLookAhead;
 }
@@ -24,11 +26,12 @@ Stats Allocator::stats() {
   s.free_groups = pool_.free();
   s.quarantined_groups = pool_.stranded();
   std::unordered_map<const Group*, Kind> shared;
-  std::int64_t counts[4] = {0, 0, 0, 0};
+  std::int64_t counts[kKinds] = {};
   for (std::int64_t i = 0; i < table_.count(); ++i) {
     const Slot& slot = table_.at(i);
     s.active_slots += slot.active;
     s.quarantined_positions += slot.quarantined;
+    s.leaving_positions += slot.leaving;
     for (std::int64_t index = 0; index < slot.size(); ++index) {
       const Position& position = slot.positions[static_cast<std::size_t>(index)];
       if (position.group == nullptr) continue;
@@ -55,8 +58,10 @@ Stats Allocator::stats() {
   s.kept_groups = counts[kKept];
   s.quarantined_groups += counts[kQuarantined];
   s.moving_groups = pool_.live() - pool_.stranded();
-  for (const std::int64_t count : counts) s.moving_groups -= count;
-  s.physical_bytes = pool_.live() * geometry_.planes * geometry_.page_bytes;
+  for (const Kind kind : {kInUse, kLookAhead, kKept, kQuarantined}) s.moving_groups -= counts[kind];
+  s.stocked_groups = pool_.stocked();
+  s.over_limit_groups = std::max<std::int64_t>(0, -pool_.room());
+  s.physical_bytes = (pool_.live() + pool_.stocked()) * geometry_.planes * geometry_.page_bytes;
   s.refusals = refusals_;
   s.stolen_groups = stolen_;
   s.reclaimed_groups = reclaimed_;
@@ -66,6 +71,10 @@ Stats Allocator::stats() {
   s.queued_jobs = mapper_.queued();
   s.map_wait_ns = map_wait_ns_;
   s.grow_ns = grow_ns_;
+  s.fence_wait_ns = fence_wait_ns_;
+  s.steps = stalls_.steps();
+  s.pending_fences = fences_.pending();
+  s.last_error = driver_->last_error();
   s.facts = driver_->facts();
   for (int verb = 0; verb < kVerbs; ++verb) s.verbs[verb] = driver_->count(static_cast<Verb>(verb));
   return s;
@@ -88,6 +97,7 @@ std::string Allocator::check() {
     std::int64_t mapped = 0;
     std::int64_t prefix = 0;
     std::int64_t quarantined = 0;
+    std::int64_t leaving = 0;
     if (slot.size() > geometry_.groups_per_slot) return where + " is longer than its range";
     for (std::int64_t index = 0; index < slot.size(); ++index) {
       const Position& position = slot.positions[static_cast<std::size_t>(index)];
@@ -96,7 +106,9 @@ std::string Allocator::check() {
       ++holders[&group];
       if (std::count(group.holders.begin(), group.holders.end(), i) != 1) return where + " is not once a holder";
       quarantined += position.quarantined;
-      if (position.quarantined) continue;
+      leaving += position.leaving;
+      if (position.quarantined && position.leaving) return where + " has a position in two states";
+      if (!position.mapped()) continue;
       ++mapped;
       prefix += prefix == index;
       if (static_cast<std::int64_t>(group.pages.size()) != geometry_.planes) return where + " has half a group";
@@ -105,7 +117,10 @@ std::string Allocator::check() {
       if (writable != (group.writer == i)) return where + " and its group disagree on who writes";
       if (index >= slot.in_use && !group.is_private_to(i)) return where + " keeps a shared group out of use";
     }
-    if (mapped != slot.mapped || prefix != slot.prefix || quarantined != slot.quarantined) return where + " miscounts";
+    if (mapped != slot.mapped || prefix != slot.prefix || quarantined != slot.quarantined ||
+        leaving != slot.leaving) {
+      return where + " miscounts";
+    }
     if (slot.in_use != geometry_.groups_for(slot.tokens)) return where + " miscounts its tokens";
     if (slot.active && slot.in_use > slot.prefix) return where + " uses what is not mapped";
     if (!slot.active) kept += mapped;
@@ -116,7 +131,7 @@ std::string Allocator::check() {
   }
   const auto held = static_cast<std::int64_t>(holders.size());
   if (held + pool_.stranded() != pool_.live()) return "live groups are neither mapped nor stranded";
-  if (pool_.free() < 0) return "more groups than the pool has";
+  if (pool_.live() > highest_limit_) return "more groups than the pool has";
   return "";
 }
 

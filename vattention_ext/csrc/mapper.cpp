@@ -65,12 +65,12 @@ void Mapper::push(Job job) {
 
 void Mapper::set_idle() noexcept {
   busy_ = false;
-  busy_slot_ = -1;
+  busy_slot_ = busy_other_ = -1;
   idle_.notify_all();
 }
 
 double Mapper::wait_not_busy(Lock& lock, std::int64_t slot) {
-  const auto clear = [this, slot] { return !busy_ || (slot >= 0 && busy_slot_ != slot); };
+  const auto clear = [this, slot] { return !busy_ || (slot >= 0 && busy_slot_ != slot && busy_other_ != slot); };
   if (clear()) return 0.0;
   const Clock::time_point start = Clock::now();
   ++foreground_;
@@ -90,12 +90,12 @@ void Mapper::run() {
         jobs_.pop_front();
         job.ticket->finish_one();
       }
-    } else if (const auto expiry = work_.next_expiry(); !expiry) {
+    } else if (const auto chore = work_.next_chore(); !chore) {
       wake_.wait(lock);
-    } else if (*expiry > Clock::now()) {
-      wake_.wait_until(lock, *expiry);
+    } else if (*chore > Clock::now()) {
+      wake_.wait_until(lock, *chore);
     } else {
-      work_.expire_one(lock);
+      work_.do_chore(lock);
     }
   }
   for (const Job& job : jobs_) job.ticket->finish_one();

@@ -1,4 +1,4 @@
-// The one background thread: maps ahead of need and gives kept groups back in time. Owns the queue and the waiting;
+// The one background thread: maps ahead of need, unmaps what nobody reads any more, gives kept groups back in time. Owns the queue and the waiting;
 // what a unit of work is, it asks its Work. It never enters Python, never spins, and is idle unless asked.
 //
 // It shares the allocator's mutex. A unit may let go of the mutex while it calls the driver; it then names the slot it
@@ -48,9 +48,10 @@ class Mapper {
     virtual ~Work() = default;
     // One group for the job, letting go of the lock in between. False when there is nothing left to do for it.
     virtual bool map_one(Lock& lock, const Job& job) = 0;
-    // When the next kept group expires; nothing when none will.
-    [[nodiscard]] virtual std::optional<Clock::time_point> next_expiry() const = 0;
-    virtual void expire_one(Lock& lock) = 0;
+    // When there is something to do beside jobs; nothing when there will not be unless somebody calls.
+    [[nodiscard]] virtual std::optional<Clock::time_point> next_chore() = 0;
+    // One unit of it, letting go of the lock in between.
+    virtual void do_chore(Lock& lock) = 0;
   };
 
   Mapper(std::mutex& mutex, Work& work) : mutex_(mutex), work_(work) {}
@@ -65,7 +66,12 @@ class Mapper {
   // The mutex must be held for all that follows.
   void push(Job job);
   void wake() noexcept { wake_.notify_one(); }
-  void set_busy(std::int64_t slot) noexcept { busy_ = true; busy_slot_ = slot; }
+  // A unit works on one slot, or on two: where a page is taken from, and where it goes. -1: on no slot.
+  void set_busy(std::int64_t slot, std::int64_t other = -1) noexcept {
+    busy_ = true;
+    busy_slot_ = slot;
+    busy_other_ = other;
+  }
   void set_idle() noexcept;
   [[nodiscard]] bool busy() const noexcept { return busy_; }
   [[nodiscard]] std::int64_t queued() const noexcept { return static_cast<std::int64_t>(jobs_.size()); }
@@ -83,6 +89,7 @@ class Mapper {
   std::int64_t foreground_ = 0;  // callers that wait for a unit to end: no new one begins before they ran
   bool busy_ = false;
   std::int64_t busy_slot_ = -1;
+  std::int64_t busy_other_ = -1;
   bool stop_ = false;
   std::thread thread_;
 };

@@ -25,9 +25,18 @@ class MeteredDriver final : public Driver {
     return {cell.calls.load(), cell.failures.load(), cell.time_ns.load()};
   }
 
+  // What the last failed verb said, in words; empty while none failed.
+  [[nodiscard]] std::string last_error() const {
+    const std::int64_t packed = last_failure_.load();
+    if (packed == 0) return "";
+    const Status status{static_cast<int>(static_cast<std::int32_t>(packed & 0xffffffff))};
+    return std::string(verb_name(static_cast<Verb>(packed >> 32))) + ": " + inner_->explain(status);
+  }
+
   [[nodiscard]] const char* name() const noexcept override { return inner_->name(); }
   [[nodiscard]] std::size_t granularity() const noexcept override { return inner_->granularity(); }
   [[nodiscard]] DriverFacts facts() const noexcept override { return inner_->facts(); }
+  [[nodiscard]] std::string explain(Status status) const override { return inner_->explain(status); }
 
   Status reserve(std::size_t bytes, Address& out) noexcept override {
     return timed(Verb::reserve, [&] { return inner_->reserve(bytes, out); });
@@ -52,6 +61,12 @@ class MeteredDriver final : public Driver {
   }
   void warm(Address address, std::size_t bytes) noexcept override { inner_->warm(address, bytes); }
   void finish() noexcept override { inner_->finish(); }
+  Status mark(std::uint64_t stream, Mark& out) noexcept override { return inner_->mark(stream, out); }
+  [[nodiscard]] bool passed(Mark mark) noexcept override { return inner_->passed(mark); }
+  void await(Mark mark) noexcept override { inner_->await(mark); }
+  void forget(Mark mark) noexcept override { inner_->forget(mark); }
+  void quiesce() noexcept override { inner_->quiesce(); }
+  Status memory(Memory& out) noexcept override { return inner_->memory(out); }
 
  private:
   struct Cell {
@@ -69,12 +84,16 @@ class MeteredDriver final : public Driver {
     Cell& cell = cells_[static_cast<std::size_t>(verb)];
     cell.calls.fetch_add(1, std::memory_order_relaxed);
     cell.time_ns.fetch_add(spent.count(), std::memory_order_relaxed);
-    if (!status.ok()) cell.failures.fetch_add(1, std::memory_order_relaxed);
+    if (!status.ok()) {
+      cell.failures.fetch_add(1, std::memory_order_relaxed);
+      last_failure_.store((static_cast<std::int64_t>(verb) << 32) | static_cast<std::uint32_t>(status.code));
+    }
     return status;
   }
 
   std::shared_ptr<Driver> inner_;
   std::array<Cell, kVerbs> cells_;
+  std::atomic<std::int64_t> last_failure_{0};  // the verb above, its code in the low 32 bits; a code is never 0
 };
 
 }  // namespace vattn

@@ -3,19 +3,35 @@
 
 namespace vattn {
 
-GroupPtr PagePool::claim() {
+GroupPtr PagePool::claim_empty() {
   auto group = std::make_shared<Group>();
   // All memory a group will need is taken here, so that nothing later can throw half way.
   group->pages.reserve(static_cast<std::size_t>(geometry_.planes));
   group->holders.reserve(2);
-  stranded_.reserve(static_cast<std::size_t>(live_ + 1));
+  const std::size_t exist = static_cast<std::size_t>(live_ + 1) + stock_.size();
+  stock_.reserve(exist);
+  stranded_.reserve(exist);
+  ++live_;
+  return group;
+}
+
+GroupPtr PagePool::claim() { return stock_.empty() ? claim_empty() : unstock(); }
+
+void PagePool::stock(GroupPtr group) noexcept {
+  stock_.push_back(std::move(group));
+  --live_;
+}
+
+GroupPtr PagePool::unstock() noexcept {
+  GroupPtr group = std::move(stock_.back());
+  stock_.pop_back();
   ++live_;
   return group;
 }
 
 Status PagePool::fill(Group& group, std::int64_t slot, std::int64_t index) noexcept {
   const auto bytes = static_cast<std::size_t>(geometry_.page_bytes);
-  for (std::int64_t plane = 0; plane < geometry_.planes; ++plane) {
+  for (auto plane = static_cast<std::int64_t>(group.pages.size()); plane < geometry_.planes; ++plane) {
     const std::int64_t home = (plane * geometry_.slots + slot) * geometry_.groups_per_slot + index;
     Page page;
     const Status status = Page::create(driver_, bytes, static_cast<std::uint64_t>(home), page);

@@ -30,14 +30,24 @@ class PagePool {
       : driver_(driver), geometry_(geometry), total_(total_groups) {}
 
   [[nodiscard]] std::int64_t total() const noexcept { return total_; }
-  // Groups that may still be created.
-  [[nodiscard]] std::int64_t free() const noexcept { return total_ - live_; }
+  // The limit may be set below what lives; then nothing is free until enough has ended.
+  void set_total(std::int64_t total_groups) noexcept { total_ = total_groups; }
+  // Groups that may still be claimed; negative while more live than the limit allows.
+  [[nodiscard]] std::int64_t room() const noexcept { return total_ - live_; }
+  [[nodiscard]] std::int64_t free() const noexcept { return std::max<std::int64_t>(0, room()); }
   [[nodiscard]] std::int64_t live() const noexcept { return live_; }
+  // Groups created ahead that nobody claimed yet; they are free ones.
+  [[nodiscard]] std::int64_t stocked() const noexcept { return static_cast<std::int64_t>(stock_.size()); }
   // Groups that are neither mapped nor free, because a destroy failed.
   [[nodiscard]] std::int64_t stranded() const noexcept { return static_cast<std::int64_t>(stranded_.size()); }
 
-  // An empty group, counted as live; free() must be > 0. fill() then gives it pages.
+  // A group, counted as live; free() must be > 0. It is empty, or comes from the stock; fill() gives it what it lacks.
   [[nodiscard]] GroupPtr claim();
+  // The same, but always an empty one.
+  [[nodiscard]] GroupPtr claim_empty();
+  // A claimed group that is full becomes a free one, for the next claim(); and the other way round.
+  void stock(GroupPtr group) noexcept;
+  [[nodiscard]] GroupPtr unstock() noexcept;
   // Creates all pages of a claimed group, to live at (slot, index). On failure some may exist: retire() the group.
   Status fill(Group& group, std::int64_t slot, std::int64_t index) noexcept;
   // Destroys the group's pages; false where some could not be.
@@ -57,6 +67,7 @@ class PagePool {
   std::int64_t total_;
   std::int64_t live_ = 0;
   std::vector<GroupPtr> stranded_;
+  std::vector<GroupPtr> stock_;
 };
 
 }  // namespace vattn

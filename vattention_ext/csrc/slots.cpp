@@ -34,6 +34,10 @@ std::int64_t SlotTable::best_fit(std::int64_t need) const noexcept {
     }
     const std::int64_t mine = slot.mapped;
     const std::int64_t theirs = at(best).mapped;
+    if ((slot.leaving > 0) != (at(best).leaving > 0)) {
+      if (slot.leaving == 0) best = i;
+      continue;
+    }
     const bool better = theirs >= need ? (mine >= need && mine < theirs) : mine > theirs;
     if (better) best = i;
   }
@@ -132,27 +136,48 @@ bool SlotTable::discard(std::int64_t slot, Arrival& arrival) noexcept {
   return false;
 }
 
-bool SlotTable::drop(std::int64_t slot_index, std::int64_t index, GroupPtr& last) noexcept {
+void SlotTable::depart(std::int64_t slot_index, std::int64_t index) noexcept {
   Slot& slot = at(slot_index);
-  Position& position = slot.positions[static_cast<std::size_t>(index)];
-  const bool was_mapped = position.mapped();
-  const bool closed = close_all(position.mappings);
-  if (was_mapped) {
-    count_mapped(slot_index, -1);
-    slot.prefix = std::min(slot.prefix, index);
-  }
-  if (!closed) {
-    if (was_mapped) quarantine(slot_index, position);
-    return false;
-  }
-  if (!was_mapped) {
+  slot.positions[static_cast<std::size_t>(index)].leaving = true;
+  count_mapped(slot_index, -1);
+  slot.prefix = std::min(slot.prefix, index);
+  ++slot.leaving;
+  ++leaving_;
+}
+
+Departure SlotTable::lift(Place place) noexcept {
+  Slot& slot = at(place.slot);
+  Position& position = slot.positions[static_cast<std::size_t>(place.index)];
+  if (position.quarantined) {
     --slot.quarantined;
     --quarantined_;
+  } else if (position.leaving) {
+    --slot.leaving;
+    --leaving_;
+  } else {
+    count_mapped(place.slot, -1);
+    slot.prefix = std::min(slot.prefix, place.index);
   }
-  GroupPtr group = std::move(position.group);
+  Departure departure{place, std::move(position)};
   position = Position{};
-  remove_holder(*group, slot_index);
-  if (group->writer == slot_index) {
+  return departure;
+}
+
+bool SlotTable::unmap(Departure& departure) noexcept { return close_all(departure.position.mappings); }
+
+bool SlotTable::land(Departure departure, bool unmapped, GroupPtr& last) noexcept {
+  const auto [slot, index] = departure.place;
+  if (!unmapped) {
+    make_room(slot, index + 1);  // a vector that had this index keeps its capacity: this cannot throw
+    Position& position = at(slot).positions[static_cast<std::size_t>(index)];
+    position = std::move(departure.position);
+    position.leaving = false;
+    quarantine(slot, position);
+    return false;
+  }
+  GroupPtr group = std::move(departure.position.group);
+  remove_holder(*group, slot);
+  if (group->writer == slot) {
     group->writer = -1;
     if (!group->holders.empty()) pass_on_writing(*group, index);
   }
@@ -160,13 +185,20 @@ bool SlotTable::drop(std::int64_t slot_index, std::int64_t index, GroupPtr& last
   return true;
 }
 
+bool SlotTable::drop(std::int64_t slot, std::int64_t index, GroupPtr& last) noexcept {
+  Departure departure = lift({slot, index});
+  const bool unmapped = unmap(departure);
+  return land(std::move(departure), unmapped, last);
+}
+
 // Every shared group keeps one slot that may write it, so that what is mapped writable is what exists. If access
 // cannot be raised the group stays read-only, which is harmless: shared groups are full.
 void SlotTable::pass_on_writing(Group& group, std::int64_t index) noexcept {
   std::int64_t heir = -1;
   for (const std::int64_t holder : group.holders) {
+    if (index >= at(holder).size()) continue;  // the mapper has it in hand
     const Position& position = at(holder).positions[static_cast<std::size_t>(index)];
-    if (position.mapped() && (heir < 0 || holder < heir)) heir = holder;
+    if (position.group.get() == &group && position.mapped() && (heir < 0 || holder < heir)) heir = holder;
   }
   if (heir < 0) return;
   if (allow(heir, index, 1, Access::read_write).ok()) {
@@ -189,35 +221,54 @@ std::int64_t SlotTable::last_mapped(const Slot& slot, std::int64_t from) const n
   return -1;
 }
 
-Place SlotTable::oldest_kept() const noexcept {
+Place SlotTable::oldest_kept(FenceNumber passed) const noexcept {
   for (const auto& [order, slot] : kept_order_) {
+    if (at(slot).mapped == 0 || at(slot).guard > passed) continue;
     const std::int64_t index = last_mapped(at(slot), 0);
     if (index >= 0) return {slot, index};
   }
   return {};
 }
 
-Place SlotTable::any_look_ahead(std::int64_t self, std::int64_t need) const noexcept {
+std::int64_t SlotTable::kept(FenceNumber passed) const noexcept {
+  std::int64_t groups = 0;
+  for (const auto& [order, slot] : kept_order_) groups += at(slot).guard > passed ? 0 : at(slot).mapped;
+  return groups;
+}
+
+Place SlotTable::any_look_ahead(std::int64_t self, std::int64_t need, FenceNumber passed) const noexcept {
   for (std::int64_t i = 0; i < count(); ++i) {
     const Slot& slot = at(i);
-    if (!slot.active) continue;
+    if (!slot.active || slot.guard > passed) continue;
     const std::int64_t index = last_mapped(slot, i == self ? std::max(need, slot.in_use) : slot.in_use);
     if (index >= 0) return {i, index};
   }
   return {};
 }
 
-std::int64_t SlotTable::look_ahead(std::int64_t self, std::int64_t need) const noexcept {
+std::int64_t SlotTable::look_ahead(std::int64_t self, std::int64_t need, FenceNumber passed) const noexcept {
   std::int64_t groups = 0;
   for (std::int64_t i = 0; i < count(); ++i) {
     const Slot& slot = at(i);
-    if (!slot.active) continue;
+    if (!slot.active || slot.guard > passed) continue;
     const std::int64_t from = i == self ? std::max(need, slot.in_use) : slot.in_use;
     for (std::int64_t index = from; index < slot.size(); ++index) {
       groups += slot.positions[static_cast<std::size_t>(index)].mapped();
     }
   }
   return groups;
+}
+
+Place SlotTable::any_leaving(FenceNumber passed) const noexcept {
+  if (leaving_ == 0) return {};
+  for (std::int64_t i = 0; i < count(); ++i) {
+    const Slot& slot = at(i);
+    if (slot.leaving == 0 || slot.guard > passed) continue;
+    for (std::int64_t index = slot.size() - 1; index >= 0; --index) {
+      if (slot.positions[static_cast<std::size_t>(index)].leaving) return {i, index};
+    }
+  }
+  return {};
 }
 
 }  // namespace vattn

@@ -6,17 +6,20 @@
 #include <utility>
 #include <vector>
 
+#include "fences.hpp"
 #include "page_pool.hpp"
 
 namespace vattn {
 
-// One index of one slot: empty, mapped, or quarantined (an unmap failed: its state is unknown and it is not used).
+// One index of one slot: empty, mapped, leaving (mapped, but only until a kernel in flight is through), or quarantined
+// (an unmap failed: its state is unknown). The last two are not used.
 struct Position {
   GroupPtr group;
   std::vector<Mapping> mappings;  // one a plane
   Access access = Access::none;
   bool quarantined = false;
-  [[nodiscard]] bool mapped() const noexcept { return group != nullptr && !quarantined; }
+  bool leaving = false;
+  [[nodiscard]] bool mapped() const noexcept { return group != nullptr && !quarantined && !leaving; }
 };
 
 struct Slot {
@@ -27,6 +30,8 @@ struct Slot {
   std::int64_t prefix = 0;       // positions [0, prefix) are all mapped
   std::int64_t mapped = 0;       // positions mapped
   std::int64_t quarantined = 0;
+  std::int64_t leaving = 0;
+  FenceNumber guard = 0;         // kernels before this fence may read what is out of use here
   std::vector<Position> positions;  // as long as the last one that is not empty
   std::uint64_t release_order = 0;
   std::chrono::steady_clock::time_point released_at;
@@ -37,6 +42,12 @@ struct Slot {
 struct Place {
   std::int64_t slot = -1;
   std::int64_t index = -1;
+};
+
+// A position on its way out: unmapped as far as `position.mappings` has become empty.
+struct Departure {
+  Place place;
+  Position position;
 };
 
 // A group on its way into a position: mapped as far as `mappings` goes.
@@ -54,7 +65,8 @@ class SlotTable {
   [[nodiscard]] const Slot& at(std::int64_t slot) const { return slots_[static_cast<std::size_t>(slot)]; }
   [[nodiscard]] std::int64_t count() const noexcept { return static_cast<std::int64_t>(slots_.size()); }
 
-  // Inactive slot with the fewest mapped groups that still are `need`, else the one with the most; -1 if none.
+  // Inactive slot with the fewest mapped groups that still are `need`, else the one with the most; -1 if none. One in
+  // which a position is leaving only if there is no other: growing there may have to wait.
   [[nodiscard]] std::int64_t best_fit(std::int64_t need) const noexcept;
   void activate(std::int64_t slot) noexcept;
   // Tokens shrink or grow in number; positions that leave use and are shared are to be dropped by the caller.
@@ -74,17 +86,30 @@ class SlotTable {
   // Undoes map(): empty position again and true, or quarantined and false. `arrival.group` is left to the caller
   // where it returns true.
   bool discard(std::int64_t slot, Arrival& arrival) noexcept;
-  // Unmaps a mapped or quarantined position. True: done, and `last` is the group if nobody holds it any more.
+  // Unmaps a position in any state. True: done, and `last` is the group if nobody holds it any more.
   bool drop(std::int64_t slot, std::int64_t index, GroupPtr& last) noexcept;
+  // drop() in three parts, of which the middle one needs no lock. Until land() nothing else may happen to the place, and
+  // its group is held by the slot all the same.
+  [[nodiscard]] Departure lift(Place place) noexcept;
+  static bool unmap(Departure& departure) noexcept;
+  bool land(Departure departure, bool unmapped, GroupPtr& last) noexcept;
+  // Mapped, but not used any more: to be dropped once the slot's guard has passed.
+  void depart(std::int64_t slot, std::int64_t index) noexcept;
   // Frees the end of a position vector that holds nothing.
   void shorten(std::int64_t slot) noexcept;
 
+  // Of what follows, only slots whose guard is at most `passed` count.
   // The group to take first: of the slot longest released, its last; {-1, -1} if none is kept.
-  [[nodiscard]] Place oldest_kept() const noexcept;
+  [[nodiscard]] Place oldest_kept(FenceNumber passed) const noexcept;
   // A look-ahead group: of the lowest slot that has one, its last. Positions of `self` below `need` are not offered.
-  [[nodiscard]] Place any_look_ahead(std::int64_t self, std::int64_t need) const noexcept;
+  [[nodiscard]] Place any_look_ahead(std::int64_t self, std::int64_t need, FenceNumber passed) const noexcept;
+  [[nodiscard]] std::int64_t kept(FenceNumber passed) const noexcept;
+  [[nodiscard]] std::int64_t look_ahead(std::int64_t self, std::int64_t need, FenceNumber passed) const noexcept;
+  // A position that is leaving.
+  [[nodiscard]] Place any_leaving(FenceNumber passed) const noexcept;
+
   [[nodiscard]] std::int64_t kept() const noexcept { return kept_; }
-  [[nodiscard]] std::int64_t look_ahead(std::int64_t self, std::int64_t need) const noexcept;
+  [[nodiscard]] std::int64_t leaving() const noexcept { return leaving_; }
   [[nodiscard]] std::int64_t quarantined_positions() const noexcept { return quarantined_; }
 
   [[nodiscard]] Address address(std::int64_t plane, std::int64_t slot, std::int64_t index) const noexcept {
@@ -104,6 +129,7 @@ class SlotTable {
   std::vector<Slot> slots_;
   std::set<std::pair<std::uint64_t, std::int64_t>> kept_order_;  // (release order, slot), inactive slots
   std::int64_t kept_ = 0;
+  std::int64_t leaving_ = 0;
   std::int64_t quarantined_ = 0;
 };
 
