@@ -1,7 +1,7 @@
 """y = W x for one row on a GPU: the weights stream past once, as near to the memory's speed as loads can be.
 
 Optionally the row is RMS-normalised on its way in, SiLU(gate) * up is taken, and the result is added onto a residual.
-It knows nothing of layers. Below one row a matrix unit has nothing to do, so products are plain multiply-adds in float32.
+It knows nothing of layers. One row leaves a matrix unit idle, so products are plain multiply-adds in float32.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""silu(gate) * up on a GPU, over rows that hold gate and up side by side. It knows nothing of the products around it."""
+"""silu(gate) * up on a GPU, over rows that hold gate and up side by side.
+
+It knows nothing of the products around it.
+"""
 
 from __future__ import annotations
 

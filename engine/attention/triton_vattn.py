@@ -6,12 +6,17 @@ both can stand in a CUDA graph. Nothing at or past a sequence's length is read.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from engine.attention.base import Caps, backends
 from engine.core.errors import InvariantError
 from engine.loading.spec import ModelSpec
 from engine.runner.batch import Batch
+
+if TYPE_CHECKING:
+    from tessera_kernels.triton_attention_decode import DecodeWorkspace
 
 
 class DecodeHalf:
@@ -24,9 +29,9 @@ class DecodeHalf:
         self._spec, self.scale = spec, spec.head_dim**-0.5
         self.pdl = False  # whether the kernel may start while the one before ends
         # a graph captured with a workspace goes on using it, so outgrown ones are kept
-        self._workspaces: list[tuple[int, object]] = []
+        self._workspaces: list[tuple[int, DecodeWorkspace]] = []
 
-    def _workspace(self, q: torch.Tensor, sequences: int) -> object:
+    def _workspace(self, q: torch.Tensor, sequences: int) -> DecodeWorkspace:
         if not self._workspaces or self._workspaces[-1][0] < sequences:
             room = max(512, 1 << (sequences - 1).bit_length())
             spec = self._spec
