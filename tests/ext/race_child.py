@@ -13,13 +13,107 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from tests.ext.support import geometry, groups, make
+from tests.ext.fake import fake_cuda
+from tests.ext.support import assert_clean, geometry, groups, make
 from vattention_ext import KvGeometry
 
 
-def churn(seconds: float) -> None:
+def churn_cuda(seconds: float) -> None:
+    """The same through libcuda's calls."""
+    churn(seconds, "cuda")
+    assert_clean("cuda")
+
+
+def kernels_in_flight(seconds: float) -> None:
+    """Steps of random sequences on a GPU that runs when it likes, at most two behind, with a pool that is too small, a
+    mapper, and an administrator: no page under a kernel in flight is unmapped, and every kernel finds its pages."""
+    fake, chance, steps = fake_cuda(), random.Random(3), 0
+    fake.automatic(False)
+    kv = make("cuda", geometry("mega", slots=8), pool_groups=18, release_after_s=0.001, stock_groups=2)
+    end = time.perf_counter() + seconds
+    failures: list[BaseException] = []
+    over = threading.Event()
+
+    def guarded(work: Callable[[random.Random], None], seed: int) -> threading.Thread:
+        def run() -> None:
+            try:
+                while not over.is_set() and not failures:
+                    work(random.Random(seed * 1000 + steps))
+            except BaseException as error:
+                failures.append(error)
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        return thread
+
+    def gpu(chance: random.Random) -> None:
+        time.sleep(chance.random() * 0.001)
+        fake.advance(1, chance.randint(1, 6))
+
+    def administrator(chance: random.Random) -> None:
+        kv.check()
+        groups(kv.stats())
+        kv.set_limit(chance.randint(10, 18))
+        if chance.random() < 0.2:
+            kv.reclaim(chance.randint(0, 3))
+        time.sleep(0.001)
+
+    threads = [guarded(gpu, 1), guarded(administrator, 2)]
+    running: dict[int, int] = {}
+    while time.perf_counter() < end and not failures:
+        while kv.stats().pending_fences > 2:  # as an engine that plans one step ahead
+            time.sleep(0.0002)
+        for _ in range(chance.randint(0, 2)):
+            slot = kv.acquire(chance.randint(0, 50))
+            if isinstance(slot, int):
+                running[slot] = 0
+                if running and chance.random() < 0.4:
+                    source = chance.choice(list(running))
+                    full = kv.geometry.shareable_groups(kv.tokens(source))
+                    if source != slot and full and kv.share(source, slot, full) is None:
+                        running[slot] = kv.tokens(slot)
+        for slot in list(running):
+            running[slot] = min(50, running[slot] + chance.choice((1, 1, 12)))
+            if kv.ensure(slot, running[slot]) is not None:
+                kv.release(slot)  # preempted, while the last step may still read it
+                del running[slot]
+        for slot in running:
+            g = kv.geometry
+            for region in kv.regions:
+                size = g.groups_for(running[slot]) * g.page_bytes
+                fake.launch(1, region.address + slot * g.slot_bytes, size)
+        kv.fence(1)
+        kv.look_ahead([(slot, min(50, tokens + 1)) for slot, tokens in running.items()])
+        for slot in list(running):
+            fate = chance.random()
+            if fate < 0.1 or running[slot] == 50:
+                kv.release(slot)
+                del running[slot]
+            elif fate < 0.15:
+                running[slot] //= 2
+                kv.trim(slot, running[slot])
+            elif fate < 0.2:
+                running[slot] //= 3
+                kv.set_tokens(slot, running[slot])
+        steps += 1
+    over.set()
+    for thread in threads:
+        thread.join()
+    if failures:
+        raise failures[0]
+    stats = kv.stats()
+    assert steps > 20 and stats.look_ahead_mapped > 0 and stats.stolen_groups > 0, (steps, stats)
+    for slot in running:
+        kv.release(slot)
+    fake.advance(1)
+    kv.close()
+    del kv, region  # addresses stay reserved while a region lives
+    assert_clean("cuda")
+
+
+def churn(seconds: float, kind: str = "memfd") -> None:
     """Four threads acquire, grow, look ahead, share, shrink and release slots of one small pool; one looks."""
-    kv = make("memfd", geometry("mega", slots=12), pool_groups=30, release_after_s=0.002, floor_groups=1)
+    kv = make(kind, geometry("mega", slots=12), pool_groups=30, release_after_s=0.002, floor_groups=1)
     end = time.perf_counter() + seconds
     failures: list[BaseException] = []
 
@@ -203,7 +297,7 @@ SCENES = {
     scene.__name__: scene
     for scene in (
         churn, close_while_busy, release_while_mapping, foreground_beats_look_ahead, mapper_needs_no_gil,
-        waiting_lets_others_run, close_from_two_threads,
+        waiting_lets_others_run, close_from_two_threads, churn_cuda, kernels_in_flight,
     )
 }
 

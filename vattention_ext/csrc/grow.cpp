@@ -175,8 +175,11 @@ Reason Allocator::grow(std::int64_t slot, const Wanted& missing, std::int64_t ne
 }
 
 GroupPtr Allocator::claim() {
-  stock_wanted_ = true;
-  claimed_at_ = Mapper::Clock::now();
+  if (options_.stock_groups > 0) {
+    stock_wanted_ = true;
+    claimed_at_ = Mapper::Clock::now();
+    mapper_.wake();
+  }
   return pool_.claim();
 }
 
