@@ -29,6 +29,7 @@ from tessera_kernels.triton_support import (
     power_of_two,
     precision,
     require_float,
+    room_for,
     settings_for,
     slab_of,
     sms_of,
@@ -85,7 +86,7 @@ class DecodeWorkspace:
 def measured_config(q: torch.Tensor, dim: int) -> DecodeConfig:
     """The fastest measured on this device for this head size, else one that fits anywhere."""
     found: dict[str, Any] | None = settings_for(q, "attention_decode").get(str(dim))
-    if found:
+    if found and q.dtype is not torch.float32:
         return DecodeConfig(**found)
     wide = power_of_two(dim) * q.element_size()  # bytes of a row of a tile
     return DecodeConfig(keys=64 if wide <= 256 else 32, stages=3 if wide <= 512 else 2)
@@ -139,7 +140,8 @@ def _combine(partial, stats, out_row, first_unit, last_unit, total, programs, he
     tl.store(out_row + d, (acc / norm).to(out_row.dtype.element_ty), mask=d < DIM)
 
 
-@triton.jit
+# numbers that change from step to step must not choose another binary
+@triton.jit(do_not_specialize=["batch", "programs", "window"])
 def _decode_kernel(
     q, k, v, out, partial, stats, arrived, slots, kv_lens, batch, programs, window, qk_scale,
     slot_stride, token_stride, head_stride,
@@ -268,7 +270,7 @@ def attention_decode(
     _decode_kernel[(workspace.programs,)](
         q, k_view, v_view, out, workspace.partial, workspace.stats, workspace.arrived, slots, kv_lens, batch,
         workspace.programs, window, scale * LOG2_E, slab.slot_stride, slab.token_stride, slab.head_stride,
-        BATCH=max(16, power_of_two(batch)), GROUPS=slab.kv_heads, RATIO=ratio, DIM=slab.dim,
+        BATCH=room_for(batch), GROUPS=slab.kv_heads, RATIO=ratio, DIM=slab.dim,
         BLOCK_D=max(16, power_of_two(slab.dim)), BLOCK_M=max(config.rows, power_of_two(ratio)), BLOCK_N=config.keys,
         STAGES=config.stages, PARTS=16, MIN_UNITS=MIN_TILES, PRECISION=precision(q.dtype), num_warps=config.warps,
         **early(pdl),

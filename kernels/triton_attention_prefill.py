@@ -24,6 +24,7 @@ from tessera_kernels.triton_support import (
     power_of_two,
     precision,
     require_float,
+    room_for,
     settings_for,
     slab_of,
 )
@@ -49,12 +50,11 @@ class PrefillConfig:
 def measured_config(q: torch.Tensor, dim: int) -> PrefillConfig:
     """The fastest measured on this device for this head size, else one that fits anywhere."""
     found: dict[str, Any] | None = settings_for(q, "attention_prefill").get(str(dim))
-    if found:
+    if found and q.dtype is not torch.float32:
         return PrefillConfig(**found)
-    wide = power_of_two(dim) * q.element_size()  # bytes of a row of a tile
-    if wide <= 256:
-        return PrefillConfig()
-    return PrefillConfig(rows=64, keys=64 if wide <= 512 else 32, warps=4, stages=2)
+    if q.dtype is torch.float32:  # multiplied without matrix units: larger tiles would not fit the registers
+        return PrefillConfig(rows=16, keys=32 if dim <= 128 else 16, warps=4, stages=2, bulk=False)
+    return PrefillConfig() if dim <= 128 else PrefillConfig(rows=64, keys=64, warps=4, stages=2)
 
 
 @triton.jit
@@ -103,7 +103,8 @@ def _stretch(acc, norm, top, q_tile, k_desc, v_desc, k, v, base, token_stride, p
     return acc, norm, top
 
 
-@triton.jit
+# numbers that change from step to step must not choose another binary
+@triton.jit(do_not_specialize=["batch", "window"])
 def _prefill_kernel(
     q, k, v, out, slots, q_starts, kv_lens, batch, window, qk_scale, slot_stride, token_stride, head_stride,
     BATCH: tl.constexpr, GROUPS: tl.constexpr, RATIO: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -222,7 +223,7 @@ def attention_prefill(
             triton.set_allocator(_scratch)
         _prefill_kernel[(slab.kv_heads, triton.cdiv(tokens * ratio, config.rows) + sequences)](
             q, k_view, v_view, out, slots, q_starts, kv_lens, sequences, window, scale * LOG2_E, slab.slot_stride,
-            slab.token_stride, slab.head_stride, BATCH=max(16, power_of_two(sequences)), GROUPS=slab.kv_heads,
+            slab.token_stride, slab.head_stride, BATCH=room_for(sequences), GROUPS=slab.kv_heads,
             RATIO=ratio, DIM=dim, BLOCK_D=max(16, power_of_two(dim)), BLOCK_M=config.rows, BLOCK_N=config.keys,
             STAGES=config.stages, WINDOW=window > 0, BULK=bulk,
             PRECISION=precision(q.dtype), num_warps=config.warps, **early(pdl),

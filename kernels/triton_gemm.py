@@ -53,7 +53,8 @@ def _product(x_tile, w_tile, acc, TURNED: tl.constexpr, PRECISION: tl.constexpr)
         return tl.dot(x_tile, w_tile.T, acc, input_precision=PRECISION)
 
 
-@triton.jit
+# the number of rows changes from step to step and must not choose another binary
+@triton.jit(do_not_specialize=["m_rows"])
 def _gemm_kernel(
     x_desc, w_desc, w, bias, y, m_rows, n_rows, K,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr, STAGES: tl.constexpr,
@@ -110,7 +111,7 @@ def _gemm_kernel(
     tl.store(at_y, acc.to(y.dtype.element_ty), mask=here)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _sum_parts_kernel(parts, y, count, PARTS: tl.constexpr, ADD: tl.constexpr, BLOCK: tl.constexpr,
                       PDL: tl.constexpr):  # fmt: skip
     if PDL:
@@ -134,6 +135,8 @@ def fits(weight: torch.Tensor) -> bool:
 def measured_config(x: torch.Tensor, rows: int, gated: bool) -> GemmConfig | None:
     """The setting measured fastest on this device for x (M, K) and this many weight rows; None where nothing beat the
     library."""
+    if x.dtype is torch.float32:
+        return None
     table: dict[str, Any] = settings_for(x, "gemm").get(f"{rows}x{x.shape[1]}{'g' if gated else ''}", {})
     for top, setting in sorted((int(top), setting) for top, setting in table.items()):
         if x.shape[0] <= top:
@@ -217,6 +220,9 @@ def gemm(
     return y
 
 
-def default_config(rows: int) -> GemmConfig:
-    """A setting that works on any device for `rows` rows of x; tests use it, `auto` prefers the library."""
+def default_config(rows: int, dtype: torch.dtype) -> GemmConfig:
+    """A setting that works on any device for `rows` rows of x; tests use it, layers prefer the measured or the library.
+    """
+    if dtype is torch.float32:  # multiplied without matrix units: larger tiles would not fit the registers
+        return GemmConfig(m=16, n=32, k=32, warps=4, stages=2)
     return GemmConfig(m=min(128, max(16, power_of_two(rows))), n=64, k=64, warps=4, stages=3, turned=rows <= 32)

@@ -97,7 +97,7 @@ def _gemv_kernel(
 def measured_config(x: torch.Tensor, rows: int, width: int, gated: bool) -> GemvConfig:
     """The fastest measured on this device for this weight, else one that is good on any."""
     found: dict[str, Any] | None = settings_for(x, "gemv").get(f"{rows}x{width}{'g' if gated else ''}")
-    if found:
+    if found and x.dtype is not torch.float32:
         return GemvConfig(**found)
     return GemvConfig(rows=4 if gated else 8, turn=1024 if width >= 1024 else 256, warps=4 if width >= 1024 else 1)
 

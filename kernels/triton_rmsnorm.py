@@ -15,7 +15,7 @@ from tessera_kernels.rmsnorm import rmsnorm_reference
 from tessera_kernels.triton_support import early, gdc_launch, gdc_wait, power_of_two, require_float
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _rmsnorm_kernel(x, weight, residual, y, rows, eps,
                     WIDTH: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, ADD: tl.constexpr,
                     PDL: tl.constexpr):  # fmt: skip

@@ -112,3 +112,8 @@ def settings_for(x: torch.Tensor, op: str) -> dict[str, Any]:
 def power_of_two(n: int) -> int:
     """The least power of two that is at least n >= 1."""
     return 1 << (n - 1).bit_length()
+
+
+def room_for(sequences: int) -> int:
+    """The size a kernel's vector over sequences is built with: 16, 64, 256, ...; few sizes, few binaries."""
+    return 1 << max(4, (sequences - 1).bit_length() + (sequences - 1).bit_length() % 2)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,7 +21,7 @@ from tessera_kernels.rope_store import rope_store_reference
 from tessera_kernels.silu_mul import silu_mul_reference
 from tessera_kernels.triton_argmax import RowArgmax
 from tessera_kernels.triton_attention_decode import DecodeConfig, DecodeWorkspace, attention_decode
-from tessera_kernels.triton_attention_prefill import PrefillConfig, attention_prefill
+from tessera_kernels.triton_attention_prefill import PrefillConfig, attention_prefill, measured_config
 from tessera_kernels.triton_rmsnorm import rmsnorm, rmsnorm_parts_reference
 from tessera_kernels.triton_rope_store import rope_store
 from tessera_kernels.triton_silu_mul import silu_mul
@@ -124,9 +125,9 @@ def check_prefill(bench: Bench, heads: int, kv_heads: int, dim: int, window: int
         for _, count in chunks:
             starts.append(starts[-1] + count)
         q = bench.normal(starts[-1], heads, dim)
-        config: PrefillConfig | None = PrefillConfig(rows=64, keys=32, warps=4, bulk=bulk)
-        if bulk and bench.device != "cpu":
-            config = None
+        config = PrefillConfig(rows=64, keys=32, warps=4, bulk=bulk)
+        if bench.device != "cpu":
+            config = replace(measured_config(q, dim), bulk=bulk and bench.dtype is not torch.float32)
         out = bench.poison(starts[-1], heads * dim)
         attention_prefill(q, slab.k, slab.v, slab.slots, bench.ints(starts), bench.ints(lengths), dim**-0.5, window,
                           out=out, config=config)  # fmt: skip
@@ -177,10 +178,10 @@ def check_products(bench: Bench, rows: int, width: int) -> Found:
         for m in (1, 3, 16, 70, 130):
             x, add = bench.normal(m, width), bench.normal(m, rows)
             want = triton_gemm.gemm_reference(x.double(), weight.double(), bias.double(), gated=gated)
-            config = triton_gemm.default_config(m)
+            config = triton_gemm.default_config(m, bench.dtype)
             choices: list[tuple[str, Callable[..., Any], dict[str, Any]]] = []
             for parts in (1,) if gated else (1, 3):
-                setting = triton_gemm.GemmConfig(config.m, config.n, config.k, parts, 4, 3, config.turned)
+                setting = triton_gemm.GemmConfig(config.m, config.n, config.k, parts, 4, config.stages, config.turned)
                 choices.append((f"gemm m={m} parts={parts}", triton_gemm.gemm, {"config": setting, "gated": gated}))
             if m == 1:
                 choices.append(("gemv", triton_gemv.gemv, {"gated": gated}))
