@@ -141,7 +141,7 @@ def _combine(partial, stats, out_row, first_unit, last_unit, total, programs, he
 
 
 # numbers that change from step to step must not choose another binary
-@triton.jit(do_not_specialize=["batch", "programs", "window"])
+@triton.jit(do_not_specialize=["batch", "programs", "window", "slots", "kv_lens"])
 def _decode_kernel(
     q, k, v, out, partial, stats, arrived, slots, kv_lens, batch, programs, window, qk_scale,
     slot_stride, token_stride, head_stride,

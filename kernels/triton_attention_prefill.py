@@ -104,7 +104,7 @@ def _stretch(acc, norm, top, q_tile, k_desc, v_desc, k, v, base, token_stride, p
 
 
 # numbers that change from step to step must not choose another binary
-@triton.jit(do_not_specialize=["batch", "window"])
+@triton.jit(do_not_specialize=["batch", "window", "slots", "q_starts", "kv_lens"])
 def _prefill_kernel(
     q, k, v, out, slots, q_starts, kv_lens, batch, window, qk_scale, slot_stride, token_stride, head_stride,
     BATCH: tl.constexpr, GROUPS: tl.constexpr, RATIO: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,

@@ -237,9 +237,11 @@ def check_backend(bench: Bench, name: str, heads: int = 32, kv_heads: int = 8, d
             slots = slab.slots.tolist()
             rows = [Row(slots[i], start, [0] * count, True) for i, (start, count) in enumerate(chunks)]
             host = pack(rows)
-            batch = Batch(*(getattr(host, field).to(bench.device) for field in
-                            ("tokens", "positions", "token_slots", "slots", "q_starts", "kv_lens", "sample_rows")),
-                          spans=host.spans)  # fmt: skip
+            batch = Batch(
+                host.tokens.to(bench.device), host.positions.to(bench.device), host.token_slots.to(bench.device),
+                host.slots.to(bench.device), host.q_starts.to(bench.device), host.kv_lens.to(bench.device),
+                host.sample_rows.to(bench.device), host.spans,
+            )  # fmt: skip
             q = bench.normal(host.num_tokens, heads, dim)
             got = backend.attend(q, slab.k, slab.v, batch, window)
             want = _attention_want(q, slab, host.q_starts.tolist(), lengths, window)

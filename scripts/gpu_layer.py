@@ -3,6 +3,9 @@
 It builds layers from the engine's parts with random weights; there is no checkpoint, scheduler or allocator here.
 """
 
+# mypy: disable-error-code="misc"
+# (lambdas bind loop variables by default arguments, whose types mypy does not infer)
+
 from __future__ import annotations
 
 from collections.abc import Callable
