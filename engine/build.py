@@ -6,6 +6,7 @@ The one place that turns settings into objects. It decides nothing per request o
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import logging
 import os
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from pathlib import Path
 import torch
 
 from engine.attention.base import backends, choose_backend
-from engine.core.config import EngineConfig, resolve_auto, resolve_pool_groups
+from engine.core.config import DEFAULT_CPU_POOL_BYTES, EngineConfig, resolve_auto, resolve_pool_groups
 from engine.core.errors import ConfigError
 from engine.core.ledger import ADMISSION_RULES, KvLedger
 from engine.core.loop import EngineLoop
@@ -23,11 +24,14 @@ from engine.core.request import SamplingParams
 from engine.core.scheduler import Scheduler
 from engine.exec.local import LocalExecutor
 from engine.kv.slots import SlotStore
+from engine.loading.dummy import dummy_weights
 from engine.loading.spec import ModelSpec, read_config
 from engine.loading.weights import open_weights
 from engine.models import models
 from engine.parts.kernel_set import kernel_sets
 from engine.parts.parts import Parts
+from engine.runner.batch import Row, pack
+from engine.runner.graphs import DecodeGraphs
 from engine.runner.runner import Runner
 from engine.runner.sampler import Sampler
 from vattention_ext import KvAllocator, KvGeometry
@@ -107,6 +111,22 @@ def within_mappings(config: EngineConfig, pool_groups: int, addressable_groups: 
     return addressable_groups
 
 
+def choose_device(asked: str) -> str:
+    """"cuda" or "cpu". Raises ConfigError when a GPU is asked for and cannot be used."""
+    if asked == "cpu":
+        return "cpu"
+    reason = None
+    if not torch.cuda.is_available():
+        reason = "PyTorch sees no CUDA device"
+    elif importlib.util.find_spec("triton") is None:
+        reason = "Triton is not installed"
+    if reason is None:
+        return "cuda"
+    if asked == "cuda":
+        raise ConfigError(f"--device cuda: {reason}; use --device cpu")
+    return "cpu"
+
+
 def build_runner(
     spec: ModelSpec, config: EngineConfig, pool_groups: int, *, kernels: str = "auto", progress: Progress | None = None
 ) -> Runner:
@@ -116,9 +136,12 @@ def build_runner(
     """
     assert config.max_model_len is not None
     dtype: torch.dtype = getattr(torch, config.dtype)
-    name, lost = choose_backend(config.attention_backend, "cpu", config.dtype, spec.head_dim)
+    name, lost = choose_backend(config.attention_backend, config.device, config.dtype, spec.head_dim)
     log.info("attention backend %s (%s)", name, "; ".join(f"not {k}: {', '.join(v)}" for k, v in lost.items()))
-    kernel_name = fastest_kernels(dtype) if kernels == "auto" else kernels
+    device = torch.device(config.device)
+    kernel_name = kernels
+    if kernels == "auto":
+        kernel_name = "cuda" if device.type == "cuda" else fastest_kernels(dtype)
     set_threads(config.threads or 1, kernel_name)
     kernel_set = kernel_sets[kernel_name]()
     log.info("kernel set %s, %s threads", kernel_name, config.threads)
@@ -126,12 +149,13 @@ def build_runner(
     allocator = KvAllocator(
         geometry,
         driver=config.kv_driver,
+        device=device.index or 0,
         pool_groups=pool_groups,
         release_after_s=config.kv_release_after_s,
         floor_groups=config.kv_floor_groups,
     )
-    store = SlotStore(geometry, allocator, dtype)
-    with open_weights(config.model or "") as source:
+    store = SlotStore(geometry, allocator, dtype, clear=config.kv_clear)
+    with dummy_weights(device) if config.load_format == "dummy" else open_weights(config.model or "") as source:
         total, done = len(source.names()), 0
 
         def count() -> None:
@@ -148,10 +172,11 @@ def build_runner(
             store,
             dtype=dtype,
             max_model_len=config.max_model_len,
+            device=device,
             on_tensor=count,
         )
         model = models[spec.architecture](parts)
-    return Runner(model, store, Sampler(spec.vocab, kernel_set.argmax))
+    return Runner(model, store, Sampler(spec.vocab, kernel_set.argmax), device)
 
 
 def set_threads(threads: int, kernel_name: str) -> None:
@@ -183,12 +208,19 @@ def resolve(config: EngineConfig) -> tuple[EngineConfig, ModelSpec, int]:
         checkpoint_dtype=spec.dtype,
         max_positions=spec.context_tokens,
         usable_cores=len(os.sched_getaffinity(0)),
+        device=choose_device(config.device),
     )
     dtype: torch.dtype = getattr(torch, resolved.dtype)
     geometry = geometry_of(spec, resolved, dtype)
-    pool_groups = resolve_pool_groups(resolved, group_bytes=geometry.group_bytes, free_bytes=free_memory_bytes())
+    if resolved.device == "cuda":
+        free_bytes, most_bytes = torch.cuda.mem_get_info()[0], 1 << 46
+    else:
+        free_bytes, most_bytes = free_memory_bytes(), DEFAULT_CPU_POOL_BYTES
+    pool_groups = resolve_pool_groups(
+        resolved, group_bytes=geometry.group_bytes, free_bytes=free_bytes, most_bytes=most_bytes
+    )
     length = fit_length(resolved, geometry, pool_groups, asked=config.max_model_len is not None)
-    resolved = dataclasses.replace(resolved, max_model_len=length, attention_backend=config.attention_backend)
+    resolved = dataclasses.replace(resolved, max_model_len=length)
     return resolved, spec, pool_groups
 
 
@@ -202,11 +234,49 @@ def chunk_schedule(config: EngineConfig) -> ChunkSchedule | None:
     return ChunkSchedule(low, high, over, stages, config.chunk_schedule_budget)
 
 
+def prepare_gpu(runner: Runner, config: EngineConfig, pool_groups: int, progress: Progress | None) -> int:
+    """Run the largest step once, record the graphs, and size the pool by what memory is left. Returns its groups.
+
+    The step's peak stays with PyTorch's allocator, so what is free afterwards is the pool's to take. An explicit pool
+    size is kept.
+    """
+    store = runner.store
+    assert isinstance(store, SlotStore)
+    allocator = store.allocator
+    geometry = store.geometry
+    tokens = min(config.high_chunk_tokens or config.chunk_tokens or geometry.max_tokens, geometry.max_tokens)
+    slot = allocator.acquire(tokens)
+    assert isinstance(slot, int)
+    if allocator.ensure(slot, tokens) is not None:
+        raise ConfigError(f"the KV pool cannot hold one step of {tokens} tokens; raise --gpu-memory-utilization")
+    with torch.inference_mode():
+        runner.model(pack([Row(slot, 0, [0] * tokens, True)]).to(runner.device))
+        if not config.enforce_eager:
+            graphs = DecodeGraphs(
+                runner.model, runner.newest, runner.sampler.argmax, runner.device, min(config.max_num_seqs, 512)
+            )
+            graphs.capture(progress)
+            runner.graphs = graphs
+    torch.cuda.synchronize()
+    allocator.trim(slot, 0)
+    allocator.release(slot)
+    allocator.reclaim(0)
+    if config.kv_pool_bytes is None and config.kv_pool_groups is None:
+        free_bytes, total_bytes = torch.cuda.mem_get_info()
+        spare_bytes = int(total_bytes * (1 - config.gpu_memory_utilization))
+        pool_groups = min(pool_groups, max(1, (free_bytes - spare_bytes) // geometry.group_bytes))
+    log.info("KV pool of %d groups, %d MiB", pool_groups, pool_groups * geometry.group_bytes >> 20)
+    allocator.set_limit(pool_groups)
+    return pool_groups
+
+
 def build_engine(config: EngineConfig, *, kernels: str = "auto", progress: Progress | None = None) -> EngineLoop:
     """An engine in this process, ready to step. Raises ConfigError (LoadError) with value, range and fix."""
     resolved, spec, pool_groups = resolve(config)
     runner = build_runner(spec, resolved, pool_groups, kernels=kernels, progress=progress)
     geometry = runner.store.geometry
+    if resolved.device == "cuda":
+        pool_groups = prepare_gpu(runner, resolved, pool_groups, progress)
     pool_groups = within_mappings(config, pool_groups, runner.store.addressable_groups)
     ledger = KvLedger(pool_groups, geometry.groups_for, ADMISSION_RULES[resolved.admission])
     policy = make_policy(
@@ -216,6 +286,11 @@ def build_engine(config: EngineConfig, *, kernels: str = "auto", progress: Progr
         schedule=chunk_schedule(resolved),
     )
     scheduler = Scheduler(
-        policy, ledger, max_num_seqs=resolved.max_num_seqs, max_model_len=geometry.max_tokens, depth=1
+        policy,
+        ledger,
+        max_num_seqs=resolved.max_num_seqs,
+        max_model_len=geometry.max_tokens,
+        depth=2 if resolved.device == "cuda" else 1,
+        ahead=resolved.device == "cuda",
     )
     return EngineLoop(scheduler, LocalExecutor(runner), executor_stats=runner.store.stats)

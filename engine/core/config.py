@@ -31,11 +31,10 @@ DTYPE_SPELLINGS = {"bf16": "bfloat16", "half": "float16", "fp16": "float16", "fl
 POLICIES = tuple(Registry[object]("policy", "engine.core.policies").names())
 BACKENDS = ("auto", *Registry[object]("attention backend", "engine.attention").names())
 POLICIES_WITHOUT_CHUNKS = ("orca", "faster_transformer")
-_NEEDS_CUDA = "needs a CUDA GPU and this build serves on the CPU; use cpu_vattn, torch_vattn or auto"
-_NO_BLOCKS = "reads block tables, and every request here is contiguous; use cpu_vattn, torch_vattn or auto"
+_NOT_BUILT = "is not built; use auto"
+_NO_BLOCKS = "reads block tables, and every request here is contiguous; use auto"
 REFUSED_BACKENDS = {
-    **dict.fromkeys(("triton_vattn", "fa_vattn", "fi_vattn", "fa3_vattn"), _NEEDS_CUDA),
-    **dict.fromkeys(("fa_vattn_sync", "fi_vattn_sync"), _NEEDS_CUDA),
+    **dict.fromkeys(("fi_vattn", "fa3_vattn", "fa_vattn_sync", "fi_vattn_sync"), _NOT_BUILT),
     **dict.fromkeys(("triton_paged", "fi_paged", "fa_paged", "flashinfer", "flash_attn"), _NO_BLOCKS),
 }
 
@@ -64,10 +63,10 @@ class EngineConfig:
         "auto", choices=DTYPES, spellings=DTYPE_SPELLINGS, aliases=("model-dtype",), group="model",
         help="arithmetic of weights and KV; auto = the checkpoint's (bfloat16 for a quantised GGUF)")
     load_format: str = knob(
-        "auto", choices=("auto", "safetensors"), aliases=("model-load-format",), group="model",
+        "auto", choices=("auto", "safetensors", "dummy"), aliases=("model-load-format",), group="model",
         help="weights are read from safetensors only; auto converts a GGUF once into the cache",
         refused={"pt": "torch.load executes what a file says; convert it to safetensors",
-                 "npcache": "not read; convert it to safetensors", "dummy": "random weights are not served",
+                 "npcache": "not read; convert it to safetensors",
                  "gguf": "give the .gguf file to --model and leave this at auto"})
     max_model_len: int | None = knob(
         None, lo=1, hi=1 << 24, aliases=("model-max-model-len",), group="model",
@@ -91,11 +90,13 @@ class EngineConfig:
         "mega", choices=("mega", "per_layer"), group="memory",
         help="mega: one page holds all layers of some tokens; per_layer: one layer's")
     kv_driver: str = knob(
-        "auto", choices=("auto", "memfd"), group="memory", help="who maps pages",
-        refused={"cuda": "needs a CUDA GPU and this build serves on the CPU; use memfd"})
+        "auto", choices=("auto", "memfd", "cuda"), group="memory", help="who maps pages; auto = what the device needs")
     kv_release_after_s: float = knob(
         math.inf, lo=0.0, hi=1e9, infinite="never", flag="kv-release-after", group="memory",
         help="seconds after which a finished request's kept pages go back to the system; never = when needed")
+    kv_clear: bool = knob(
+        False, group="memory", default_text="on when there are several API keys",
+        help="give a request's pages back as soon as it ends, so that whoever gets them next reads zeros")
     kv_floor_groups: int = knob(
         0, lo=0, hi=1 << 34, group="memory", help="page groups that --kv-release-after leaves mapped")
     scheduler: str = knob(
@@ -136,8 +137,8 @@ class EngineConfig:
         "auto", choices=BACKENDS, refused=REFUSED_BACKENDS, aliases=("model-attention-backend",), group="engine",
         help="who computes attention over the slots")
     device: str = knob(
-        "auto", choices=("auto", "cpu"), group="engine", help="where the model runs",
-        refused={"cuda": "this build serves on the CPU; use --device cpu"})
+        "auto", choices=("auto", "cpu", "cuda"), group="engine",
+        help="where the model runs; auto = the GPU where PyTorch sees one and Triton is installed")
     seed: int = knob(
         0, lo=0, hi=(1 << 63) - 1, group="engine",
         help="seeds requests that bring none: the same requests in the same order give the same samples")
@@ -297,7 +298,7 @@ def make(kind: type[Config], values: Mapping[str, Any]) -> Config:
 
 
 def resolve_auto(
-    config: EngineConfig, *, checkpoint_dtype: str, max_positions: int, usable_cores: int
+    config: EngineConfig, *, checkpoint_dtype: str, max_positions: int, usable_cores: int, device: str = "cpu"
 ) -> EngineConfig:
     """Every "auto" and None that model and machine decide; the pool, and whether the length fits it, come later.
 
@@ -311,8 +312,7 @@ def resolve_auto(
     if dtype not in DTYPES[1:]:
         raise ConfigError(f"the checkpoint's dtype {dtype!r} is not served; use --dtype {', '.join(DTYPES[1:])}")
     resolved = dataclasses.replace(
-        config, dtype=dtype, device="cpu", kv_driver="memfd",
-        attention_backend="cpu_vattn" if config.attention_backend == "auto" else config.attention_backend,
+        config, dtype=dtype, device=device, kv_driver="cuda" if device == "cuda" else "memfd",
         max_model_len=config.max_model_len or max_positions, threads=config.threads or usable_cores)
     return resolve_chunks(resolved)
 
@@ -333,7 +333,9 @@ def resolve_chunks(config: EngineConfig) -> EngineConfig:
     return dataclasses.replace(config, chunk_tokens=length if config.scheduler == "vllm" else DEFAULT_CHUNK_TOKENS)
 
 
-def resolve_pool_groups(config: EngineConfig, *, group_bytes: int, free_bytes: int) -> int:
+def resolve_pool_groups(
+    config: EngineConfig, *, group_bytes: int, free_bytes: int, most_bytes: int = DEFAULT_CPU_POOL_BYTES
+) -> int:
     """Page groups of the pool. group_bytes: physical bytes of one group; free_bytes: memory the machine can give.
 
     Raises ConfigError when not even one group fits.
@@ -342,7 +344,7 @@ def resolve_pool_groups(config: EngineConfig, *, group_bytes: int, free_bytes: i
         return config.kv_pool_groups
     pool_bytes = config.kv_pool_bytes
     if pool_bytes is None:
-        pool_bytes = min(int(free_bytes * config.gpu_memory_utilization), DEFAULT_CPU_POOL_BYTES)
+        pool_bytes = min(int(free_bytes * config.gpu_memory_utilization), most_bytes)
     if pool_bytes < group_bytes:
         raise ConfigError(f"a KV pool of {pool_bytes} bytes holds no page group of {group_bytes} bytes; "
                           f"use --kv-pool-bytes {group_bytes} or more, or a smaller --kv-page-bytes")

@@ -1,6 +1,7 @@
-"""Runs plans in this process, one after the other, on the calling thread.
+"""Runs plans in this process, in order, on the calling thread.
 
-A CPU has nothing to overlap with: the kernels use every core, so a step runs when its result is asked for.
+On a GPU submit() launches and returns, so that the next plan is made while this one runs. A CPU has nothing to overlap
+with: its kernels use every core, and submit() comes back when the step is done.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from collections import deque
 
 from engine.core.errors import InvariantError
 from engine.core.plan import StepPlan, StepResult
-from engine.runner.runner import Runner
+from engine.runner.runner import Launched, Runner
 
 
 class LocalExecutor:
@@ -17,19 +18,19 @@ class LocalExecutor:
 
     def __init__(self, runner: Runner) -> None:
         self.runner = runner
-        self._plans: deque[StepPlan] = deque()
+        self._launched: deque[Launched] = deque()
 
     def submit(self, plan: StepPlan) -> None:
         """See Executor."""
-        self._plans.append(plan)
+        self._launched.append(self.runner.launch(plan))
 
     def wait(self) -> StepResult:
         """See Executor."""
-        if not self._plans:
+        if not self._launched:
             raise InvariantError("wait() without a submitted plan")
-        return self.runner.run(self._plans.popleft())
+        return self.runner.collect(self._launched.popleft())
 
     def close(self) -> None:
         """See Executor."""
-        self._plans.clear()
+        self._launched.clear()
         self.runner.close()

@@ -27,6 +27,9 @@ class KvStore(Protocol):
     def look_ahead(self, plan: StepPlan) -> None:
         """While `plan` runs, start mapping what the step after it will need. Best effort, returns at once."""
 
+    def fence(self) -> None:
+        """The step's kernels are launched: what they may read stays mapped until they are done."""
+
     def slot_of(self, seq_id: int) -> int:
         """The slot of an admitted sequence."""
 

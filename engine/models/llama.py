@@ -40,4 +40,4 @@ class Llama:
         hidden = self.embed(batch.tokens)  # (N, C)
         for layer in self.layers:
             layer(hidden, batch)
-        return self.head(self.norm(hidden[batch.sample_rows]))  # (R, V)
+        return self.head(self.norm(hidden.index_select(0, batch.sample_rows)))  # (R, V)

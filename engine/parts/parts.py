@@ -6,17 +6,24 @@ Parts reads the checkpoint once, packs weights for the device, and hands models 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 
 from engine.attention.base import AttentionBackend
 from engine.kv.store import KvStore
 from engine.loading.spec import ModelSpec
-from engine.loading.weights import WeightSource
 from engine.parts.kernel_set import KernelSet, Layer, Linear
 from engine.parts.layer import Attention, GatedMlp, Norm, PreNormLayer
 from engine.parts.rope import rope_table
+
+
+class Weights(Protocol):
+    """Where tensors come from: a checkpoint, or random ones."""
+
+    def expect(self, name: str, shape: Sequence[int]) -> torch.Tensor:
+        """The tensor of that name. Raises LoadError unless it exists and has that shape."""
 
 
 class Parts:
@@ -28,22 +35,24 @@ class Parts:
     def __init__(
         self,
         spec: ModelSpec,
-        source: WeightSource,
+        source: Weights,
         kernels: KernelSet,
         backend: AttentionBackend,
         store: KvStore,
         *,
         dtype: torch.dtype,
         max_model_len: int,
+        device: torch.device = torch.device("cpu"),  # noqa: B008  a constant
         on_tensor: Callable[[], None] = lambda: None,
     ) -> None:
         self.spec, self.kernels, self.backend, self.store = spec, kernels, backend, store
         self._source, self._dtype, self._on_tensor = source, dtype, on_tensor
-        self._rope = rope_table(spec.rope, spec.head_dim, max_model_len, spec.max_positions)
+        self._rope = rope_table(spec.rope, spec.head_dim, max_model_len, spec.max_positions).to(device)
+        self._device = device
 
     def _tensor(self, name: str, *shape: int) -> torch.Tensor:
         """The named tensor in the engine's dtype."""
-        tensor = self._source.expect(name, shape).to(self._dtype)
+        tensor = self._source.expect(name, shape).to(device=self._device, dtype=self._dtype)
         self._on_tensor()
         return tensor
 

@@ -36,10 +36,11 @@ class Span(NamedTuple):
 class Batch:
     """N tokens of B chunks, one after the other.
 
-    tokens: (N,) int64. positions: (N,) int32, absolute. token_slots: (N,) int32.
+    tokens: (N,) integer; -1 = the newest token of that slot, which only the device knows.
+    positions: (N,) int32, absolute. token_slots: (N,) int32.
     slots: (B,) int32. q_starts: (B + 1,) int32, chunk b is tokens q_starts[b]:q_starts[b + 1].
     kv_lens: (B,) int32, tokens in the cache once this step has written its own.
-    sample_rows: (R,) int64, the token rows that get logits.
+    sample_rows: (R,) integer, the token rows that get logits.
     spans: the first chunks, up to the last that has more than one token; the chunks behind them are one token each.
     So a backend can run prompts and decodes by different kernels without asking a device for numbers.
     """
@@ -52,6 +53,17 @@ class Batch:
     kv_lens: torch.Tensor
     sample_rows: torch.Tensor
     spans: tuple[Span, ...] = ()
+
+    def to(self, device: torch.device) -> Batch:
+        """The same on a device: one copy from pinned memory, which the launches behind it need not wait for."""
+        if device.type == "cpu":
+            return self
+        fields = (self.tokens, self.positions, self.token_slots, self.slots, self.q_starts, self.kv_lens)
+        sizes = [field.shape[0] for field in (*fields, self.sample_rows)]
+        staged = torch.empty(sum(sizes), dtype=torch.int32, pin_memory=True)
+        torch.cat([field.to(torch.int32) for field in (*fields, self.sample_rows)], out=staged)
+        tokens, positions, token_slots, slots, q_starts, kv_lens, rows = staged.to(device, non_blocking=True).split(sizes)
+        return Batch(tokens, positions, token_slots, slots, q_starts, kv_lens, rows, self.spans)
 
     @property
     def num_tokens(self) -> int:

@@ -24,6 +24,11 @@ class Pick:
     index: int
     stop_ids: frozenset[int]
 
+    @property
+    def greedy(self) -> bool:
+        """Whether plain argmax answers it."""
+        return self.params.temperature == 0 and not (self.stop_ids and self.index < self.params.min_tokens)
+
 
 def uniform(seed: int, index: int) -> float:
     """A number in [0, 1) that depends on nothing but (seed, index): two rounds of the splitmix64 finaliser."""
@@ -84,19 +89,24 @@ class Sampler:
 
     def __init__(self, vocab: int, argmax: Callable[[torch.Tensor], torch.Tensor] = torch_argmax) -> None:
         """argmax: (R, V) float32 to (R,) int64, the first of equals, a NaN above all."""
-        self.vocab, self._argmax = vocab, argmax
+        self.vocab, self.argmax = vocab, argmax
 
-    def __call__(self, logits: torch.Tensor, picks: list[Pick]) -> list[int]:
-        """logits: (R, V) float32, may be changed. Returns R ids; -1 where a row has no finite maximum."""
-        for row, pick in zip(logits, picks, strict=True):
+    def __call__(self, logits: torch.Tensor, picks: list[Pick]) -> torch.Tensor:
+        """logits: (R, V) float32, may be changed. Returns (R,) int64 on their device; -1 where a row has no finite
+        maximum. Greedy rows wait for nothing."""
+        for row, pick in enumerate(picks):
             if pick.index < pick.params.min_tokens and pick.stop_ids:
-                row[[token for token in pick.stop_ids if token < self.vocab]] = float("-inf")
-        chosen = self._argmax(logits)  # (R,)
-        best = logits.gather(1, chosen[:, None])[:, 0]
-        tokens: list[int] = chosen.tolist()
-        for i, (peak, pick) in enumerate(zip(best.tolist(), picks, strict=True)):
-            if not -3.4e38 < peak < 3.4e38:
-                tokens[i] = -1
-            elif pick.params.temperature > 0:
-                tokens[i] = sample_row(logits[i], pick.params, uniform(pick.params.seed or 0, pick.index))
+                logits[row, [token for token in pick.stop_ids if token < self.vocab]] = float("-inf")
+        tokens = finite_argmax(logits, self.argmax)
+        for row, pick in enumerate(picks):
+            if pick.params.temperature > 0 and (logits.device.type != "cpu" or tokens[row] >= 0):
+                drawn = sample_row(logits[row], pick.params, uniform(pick.params.seed or 0, pick.index))
+                tokens[row] = torch.where(tokens[row] < 0, tokens[row], drawn)
         return tokens
+
+
+def finite_argmax(logits: torch.Tensor, argmax: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """(R, V) to (R,) int64; -1 for a row whose maximum is not finite."""
+    chosen = argmax(logits).long()
+    best = logits.gather(1, chosen[:, None])[:, 0]
+    return torch.where(best.isfinite(), chosen, -1)

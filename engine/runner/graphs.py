@@ -1,0 +1,114 @@
+"""CUDA graphs of pure decode steps: one for each of a few batch sizes, replayed with new numbers in fixed buffers.
+
+Slabs, weights and workspaces never move, so a captured launch stays valid for the life of the engine. A batch is
+padded up to the next size with rows of no slot: their length is 0 and nothing of them is stored.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from engine.models import Model
+from engine.runner.batch import Batch
+from engine.runner.newest import NewestTokens
+from engine.runner.sampler import finite_argmax
+
+Argmax = Callable[[torch.Tensor], torch.Tensor]
+
+
+def graph_sizes(most: int) -> list[int]:
+    """Batch sizes that get a graph: every one that is cheap to miss by a few rows, up to `most`."""
+    sizes = {1, 2, 4, *range(8, 65, 8), *range(80, 257, 16), *range(288, 513, 32), *range(576, 4097, 64), most}
+    return sorted(size for size in sizes if size <= most)
+
+
+@dataclass(slots=True)
+class _Graph:
+    """One captured size: inputs is the int32 buffer behind the batch's fields; picked (size,) int64."""
+
+    graph: torch.cuda.CUDAGraph
+    inputs: torch.Tensor
+    picked: torch.Tensor
+
+
+class DecodeGraphs:
+    """Greedy decode steps of up to `most` sequences. Capture once, before serving."""
+
+    def __init__(self, model: Model, newest: NewestTokens, argmax: Argmax, device: torch.device, most: int) -> None:
+        self._model, self._newest, self._argmax, self._device = model, newest, argmax, device
+        self._sizes = graph_sizes(most)
+        self._graphs: dict[int, _Graph] = {}
+
+    def capture(self, progress: Callable[[int, int], None] | None = None) -> None:
+        """Record every size, largest first, so that all share one pool of memory."""
+        pool = torch.cuda.graph_pool_handle()
+        for done, size in enumerate(reversed(self._sizes), 1):
+            self._graphs[size] = self._record(size, pool)
+            if progress is not None:
+                progress(done, len(self._sizes))
+
+    def fits(self, batch: Batch) -> bool:
+        """Whether a batch is a pure decode that a captured graph can run."""
+        return (
+            bool(self._graphs)
+            and not batch.spans
+            and batch.num_tokens <= self._sizes[-1]
+            and batch.sample_rows.shape[0] == batch.num_tokens
+        )
+
+    def __call__(self, host: Batch) -> torch.Tensor:
+        """host: a batch that fits, on the CPU. Returns (B,) int64 ids on the device, valid until the next replay."""
+        count = host.num_tokens
+        size = self._sizes[bisect_left(self._sizes, count)]
+        captured = self._graphs[size]
+        staged = torch.empty(captured.inputs.shape[0], dtype=torch.int32, pin_memory=True)
+        _fill(staged.numpy(), host, count, size)
+        captured.inputs.copy_(staged, non_blocking=True)
+        captured.graph.replay()
+        return captured.picked[:count]
+
+    def _record(self, size: int, pool: tuple[int, int]) -> _Graph:
+        inputs = torch.zeros(7 * size + 1, dtype=torch.int32, device=self._device)
+        staged = torch.zeros(7 * size + 1, dtype=torch.int32)
+        _fill(staged.numpy(), None, 0, size)
+        inputs.copy_(staged)
+        batch = _fields(inputs, size)
+        side = torch.cuda.Stream(self._device)
+        side.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(side):  # compiles and loads what the recording may not
+            for _ in range(2):
+                self._step(batch)
+        torch.cuda.current_stream(self._device).wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool):
+            picked = self._step(batch)
+        return _Graph(graph, inputs, picked)
+
+    def _step(self, batch: Batch) -> torch.Tensor:
+        known = replace(batch, tokens=self._newest.resolve(batch))
+        picked = finite_argmax(self._model(known), self._argmax)
+        self._newest.note(batch, picked)
+        return picked
+
+
+def _fields(inputs: torch.Tensor, size: int) -> Batch:
+    """The buffer's views: tokens, positions, token_slots, slots, kv_lens, sample_rows of `size`, q_starts of size+1."""
+    tokens, positions, token_slots, slots, kv_lens, sample_rows, q_starts = inputs.split([size] * 6 + [size + 1])
+    return Batch(tokens, positions, token_slots, slots, q_starts, kv_lens, sample_rows)
+
+
+def _fill(into: np.ndarray, host: Batch | None, count: int, size: int) -> None:
+    """Write a batch of `count` decodes and size - count rows of padding (slot -1, length 0) into (7 * size + 1,)."""
+    table = into[: 6 * size].reshape(6, size)
+    if host is not None:
+        fields = (host.tokens, host.positions, host.token_slots, host.slots, host.kv_lens)
+        for row, field in enumerate(fields):
+            table[row, :count] = field.numpy()
+    table[:5, count:] = np.array([[0], [0], [-1], [-1], [0]], dtype=np.int32)
+    table[5] = np.arange(size, dtype=np.int32)
+    into[6 * size :] = np.arange(size + 1, dtype=np.int32)
