@@ -112,32 +112,39 @@ def _begin(program, total, programs):
 
 
 @triton.jit
-def _combine(partial, stats, out_row, first_unit, last_unit, total, programs, head,
-             RATIO: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, PARTS: tl.constexpr):  # fmt: skip
-    """Adds up the partial sums of units first_unit..last_unit for one query head and stores the head's output."""
+def _combine(partial, stats, out_rows, first_unit, last_unit, total, programs,
+             RATIO: tl.constexpr, DIM: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+             PARTS: tl.constexpr):  # fmt: skip
+    """Adds up the partial sums of units first_unit..last_unit and stores the outputs of a kv head's query heads."""
     p0 = _owner(first_unit, total, programs)
     p1 = _owner(last_unit, total, programs)
     d = tl.arange(0, BLOCK_D)
-    top = tl.full((), -float("inf"), tl.float32)
-    norm = tl.full((), 0.0, tl.float32)
-    acc = tl.zeros((BLOCK_D,), tl.float32)
+    r = tl.arange(0, BLOCK_R)
+    top = tl.full((BLOCK_R,), -float("inf"), tl.float32)
+    norm = tl.zeros((BLOCK_R,), tl.float32)
+    acc = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
     for start in range(p0, p1 + 1, PARTS):
         p = start + tl.arange(0, PARTS)
-        here = p <= p1
         # a program's first partial is number 0; the first owner's is number 1 when its stretch began before us
         later = (p == p0) & (_begin(p, total, programs) != first_unit)
         index = (2 * p + later.to(tl.int32)).to(tl.int64)
-        m = tl.load(stats + (index * 2) * RATIO + head, mask=here, other=-float("inf"), cache_modifier=".cg")
-        s = tl.load(stats + (index * 2 + 1) * RATIO + head, mask=here, other=0.0, cache_modifier=".cg")
-        a = tl.load(partial + (index[:, None] * RATIO + head) * DIM + d[None, :],
-                    mask=here[:, None] & (d < DIM)[None, :], other=0.0, cache_modifier=".cg")  # fmt: skip
+        here = (p <= p1)[:, None] & (r < RATIO)[None, :]  # (PARTS, BLOCK_R)
+        at = (index * 2)[:, None] * RATIO + r[None, :]
+        m = tl.load(stats + at, mask=here, other=-float("inf"), cache_modifier=".cg")
+        s = tl.load(stats + at + RATIO, mask=here, other=0.0, cache_modifier=".cg")
+        row = index[:, None] * RATIO + r[None, :]
+        a = tl.load(partial + row[:, :, None] * DIM + d[None, None, :],
+                    mask=here[:, :, None] & (d < DIM)[None, None, :], other=0.0, cache_modifier=".cg")  # fmt: skip
         new_top = tl.maximum(top, tl.max(m, 0))
-        weight = tl.exp2(m - new_top)
-        keep = tl.exp2(top - new_top)
+        anchor = tl.where(new_top == -float("inf"), 0.0, new_top)  # rows past the last head have no top
+        weight = tl.exp2(m - anchor[None, :])
+        keep = tl.exp2(top - anchor)
         norm = norm * keep + tl.sum(s * weight, 0)
-        acc = acc * keep + tl.sum(a * weight[:, None], 0)
+        acc = acc * keep[:, None] + tl.sum(a * weight[:, :, None], 0)
         top = new_top
-    tl.store(out_row + d, (acc / norm).to(out_row.dtype.element_ty), mask=d < DIM)
+    value = acc / tl.maximum(norm, 1e-30)[:, None]
+    tl.store(out_rows + r[:, None] * DIM + d[None, :], value.to(out_rows.dtype.element_ty),
+             mask=(r < RATIO)[:, None] & (d < DIM)[None, :])  # fmt: skip
 
 
 # numbers that change from step to step must not choose another binary
@@ -146,8 +153,8 @@ def _decode_kernel(
     q, k, v, out, partial, stats, arrived, slots, kv_lens, batch, programs, window, qk_scale,
     slot_stride, token_stride, head_stride,
     BATCH: tl.constexpr, GROUPS: tl.constexpr, RATIO: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, PARTS: tl.constexpr, MIN_UNITS: tl.constexpr,
-    PRECISION: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, BLOCK_R: tl.constexpr, PARTS: tl.constexpr,
+    MIN_UNITS: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
         gdc_wait()
@@ -222,10 +229,9 @@ def _decode_kernel(
                 before = tl.atomic_add(arrived + b * GROUPS + group, 1, sem="acq_rel")
                 if before == parts - 1:
                     tl.debug_barrier()
-                    for head in range(RATIO):
-                        row_out = out + ((b * GROUPS + group) * RATIO + head) * DIM
-                        _combine(partial, stats, row_out, first_unit, last_unit, total, programs, head,
-                                 RATIO, DIM, BLOCK_D, PARTS)  # fmt: skip
+                    out_rows = out + (b * GROUPS + group) * RATIO * DIM
+                    _combine(partial, stats, out_rows, first_unit, last_unit, total, programs, RATIO, DIM, BLOCK_R,
+                             BLOCK_D, PARTS)  # fmt: skip
                     tl.store(arrived + b * GROUPS + group, 0)
             unit += count
 
@@ -272,8 +278,8 @@ def attention_decode(
         workspace.programs, window, scale * LOG2_E, slab.slot_stride, slab.token_stride, slab.head_stride,
         BATCH=room_for(batch), GROUPS=slab.kv_heads, RATIO=ratio, DIM=slab.dim,
         BLOCK_D=max(16, power_of_two(slab.dim)), BLOCK_M=max(config.rows, power_of_two(ratio)), BLOCK_N=config.keys,
-        STAGES=config.stages, PARTS=16, MIN_UNITS=MIN_TILES, PRECISION=precision(q.dtype), num_warps=config.warps,
-        **early(pdl),
+        STAGES=config.stages, BLOCK_R=power_of_two(ratio), PARTS=max(2, 4096 // power_of_two(ratio * slab.dim)),
+        MIN_UNITS=MIN_TILES, PRECISION=precision(q.dtype), num_warps=config.warps, **early(pdl),
     )  # fmt: skip
     return out
 

@@ -16,7 +16,7 @@ from tessera_kernels.triton_support import early, gdc_launch, gdc_wait, power_of
 _HEADS_A_PROGRAM = 8
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@triton.jit(do_not_specialize=["tokens", "positions", "slots"])
 def _rope_store_kernel(
     qkv, cos_sin, positions, slots, q, k_view, v_view, tokens, slot_stride, token_stride, head_stride,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr, BLOCK_HALF: tl.constexpr,
