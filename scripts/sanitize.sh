@@ -16,11 +16,14 @@ flags="-std=c++17 -O1 -g -fno-omit-frame-pointer -Wall -Wextra -Wshadow -Werror 
 # shellcheck disable=SC2086
 "$cxx" $flags -fsanitize=thread $sources tests/ext/stress.cpp -o "$build/stress_thread"
 
+"$cxx" -std=c++17 -O1 -g -fPIC -shared -pthread tests/ext/fake_cuda/fake_cuda.cpp -o "$build/libcuda_fake.so"
+fake=$(cd "$build" && pwd)/libcuda_fake.so
+
 echo "AddressSanitizer + UndefinedBehaviorSanitizer"
-ASAN_OPTIONS=detect_leaks=1:halt_on_error=1 "$build/stress_address" "$rounds"
+ASAN_OPTIONS=detect_leaks=1:halt_on_error=1 "$build/stress_address" "$rounds" "$fake"
 echo "ThreadSanitizer"
 # Address randomisation of some kernels is wider than older ThreadSanitizers expect; setarch switches it off.
 runner=""
 if command -v setarch >/dev/null 2>&1 && setarch -R true 2>/dev/null; then runner="setarch -R"; fi
-TSAN_OPTIONS=halt_on_error=1:second_deadlock_stack=1 $runner "$build/stress_thread" "$rounds"
+TSAN_OPTIONS=halt_on_error=1:second_deadlock_stack=1 $runner "$build/stress_thread" "$rounds" "$fake"
 echo "sanitize: clean"

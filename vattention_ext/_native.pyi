@@ -81,7 +81,7 @@ class Allocator:
         """
 
     def stalls_us(self) -> list[float]:
-        """Foreground time spent growing or waiting, by step (from fence to fence), of the latest 8,192, oldest first."""
+        """Foreground time spent growing or waiting, by step (fence to fence), of the latest 8,192, oldest first."""
 
     def set_limit(self, groups: int) -> None:
         """Most groups that may exist from now on. Takes nothing that is in use: while more live than that, growth is

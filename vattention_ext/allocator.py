@@ -21,9 +21,9 @@ class KvAllocator(_native.Allocator):
 
     driver: "memfd" (Linux), "cuda" (GPU number `device`, through libcuda as the system finds it or from the path
     `libcuda`), or "fault" and "fault_cuda" (the same with injectable failures, for tests). pool_groups: most groups
-    that exist at once; set_limit() changes it. release_after_s: a released slot's kept groups older than this are given back by the mapper thread
-    (0: at once, inf: never by time), down to floor_groups. stock_groups:
-    free groups that the mapper creates ahead while memory is being taken. max_mappings lowers the driver's own mapping budget.
+    that exist at once; set_limit() changes it. release_after_s: a released slot's kept groups older than this are given
+    back by the mapper thread (0: at once, inf: never by time), down to floor_groups. stock_groups: free groups that the
+    mapper creates ahead while memory is being taken. max_mappings lowers the driver's own mapping budget.
     fault=(verb, nth, times) arms driver "fault" before its first verb. Thread-safe.
     Raises ValueError for a setting that cannot fit, DriverError where the system refuses addresses or the driver.
     """

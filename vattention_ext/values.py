@@ -23,7 +23,7 @@ class OutOfPages:
 
     requested_groups: groups this call would have mapped. free_groups: obtainable when it was refused (never created,
     kept by released slots, or look-ahead of others). reason: "pages" (too few are left), "mappings" (the process may
-    hold no more kernel mappings), "memory" (the books allow it and the system has none) or "driver" (a driver call failed).
+    hold no more kernel mappings), "memory" (the books allow it and the system has none) or "driver" (a call failed).
     """
 
     requested_groups: int
@@ -49,17 +49,17 @@ class OutOfSlots:
 class KvStats:
     """One moment of an allocator. A physical group is counted once, in the most urgent of its states:
 
-    total + over_limit = free + in_use + look_ahead + kept + quarantined + moving. in_use: holds tokens computed or in flight.
-    look_ahead: mapped beyond them in an active slot. kept: mapped in a released slot. quarantined: an unmap or
+    total + over_limit = free + in_use + look_ahead + kept + quarantined + moving. in_use: holds tokens computed or in
+    flight. look_ahead: mapped beyond them in an active slot. kept: mapped in a released slot. quarantined: an unmap or
     destroy failed. moving: in the mapper's hands at this moment (0 when its tickets are done and nothing expires), or
     leaving: mapped only until the kernels launched before its fence are through (leaving_positions, shared ones too).
     stocked: of the free ones, created ahead. over_limit: live beyond a limit that was lowered; they end as they are
-    released.
-    shared_groups (mapped in several slots) and read_only_groups (in no slot writable) are contained in these.
+    released. shared_groups (mapped in several slots) and read_only_groups (in no slot writable) are contained in these.
     mapped_bytes are virtual and writable, shared_bytes virtual and read-only, physical_bytes committed.
-    driver_*: by verb, since the start. map_wait_us: foreground time spent waiting for the mapper; grow_us: spent
-    growing; fence_wait_us: spent waiting for kernels in flight; stalls_us() has the sum by step. steps: fences set;
-    pending_fences: not passed yet. last_error: of the driver, in its words. mappings, mapping_budget, descriptor, inode: -1 where the driver has no such thing.
+    driver_*: by verb, since the start; last_error: in the driver's words. map_wait_us: foreground time spent waiting
+    for the mapper; fence_wait_us: for kernels in flight; grow_us: spent growing; stalls_us() has their sum by step.
+    steps: fences set; pending_fences: not passed yet. mappings, mapping_budget, descriptor, inode: -1 where the driver
+    has no such thing.
     """
 
     total_groups: int

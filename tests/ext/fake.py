@@ -35,7 +35,7 @@ def build() -> Path:
 
 
 class FakeCuda:
-    """The loaded fake. Streams are numbers; a kernel is a range of addresses that it may read until the stream is past."""
+    """The loaded fake. Streams are numbers; a kernel is a range that it may read until its stream is past it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -44,6 +44,7 @@ class FakeCuda:
         for name, arguments, result in (
             ("launch", [u64, u64, u64], None), ("advance", [u64, ctypes.c_long], ctypes.c_long),
             ("automatic", [ctypes.c_int], None), ("fail", [text, ctypes.c_long, ctypes.c_long, ctypes.c_int], None),
+            ("fail_too", [text, ctypes.c_long, ctypes.c_long, ctypes.c_int], None),
             ("memory", [u64], None), ("granularity", [u64], None), ("calls", [text], ctypes.c_long),
             ("used_bytes", [], u64), ("mapped_bytes", [], u64), ("leftovers", [], ctypes.c_long),
             ("violations", [], text),
@@ -66,6 +67,10 @@ class FakeCuda:
     def fail(self, name: str, nth: int = 1, times: int = 1, result: int = ILLEGAL_ADDRESS) -> None:
         """Calls nth .. nth + times - 1 of cu`name` fail; nth 0: none."""
         self.library.fake_fail(name.encode(), nth, times, result)
+
+    def fail_too(self, name: str, nth: int = 1, times: int = 1, result: int = ILLEGAL_ADDRESS) -> None:
+        """A second function beside the one of fail()."""
+        self.library.fake_fail_too(name.encode(), nth, times, result)
 
     def memory(self, nbytes: int) -> None:
         """Of the whole device."""
@@ -100,7 +105,8 @@ class FakeCuda:
         """As it was at first, but for what still exists."""
         self.automatic(True)
         self.fail("none", 0)
-        self.memory(1 << 34)
+        self.fail_too("none", 0)
+        self.memory(1 << 30)
         self.granularity(4096)
         self.violations()
 

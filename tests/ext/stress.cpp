@@ -1,6 +1,9 @@
 // Stress of the allocator's C++ for the sanitizers (scripts/sanitize.sh): threads that grow, share, trim, release and
 // look ahead on their own slots of one small pool, another that looks at it, with and without injected failures, and
 // closing in the middle of everything. Ends with status 1 and a line if an invariant breaks.
+//
+//   stress [rounds] [library]   with the fake libcuda's path: the CUDA drivers, too, on streams that run when they like
+#include <dlfcn.h>
 #include <unistd.h>
 
 #include <atomic>
@@ -24,6 +27,32 @@ void expect(bool ok, const char* what, const std::string& more = "") {
   ++broken;
 }
 
+// The fake's controls; null without it.
+struct Fake {
+  const char* path = nullptr;
+  void (*automatic)(int) = nullptr;
+  long (*advance)(std::uint64_t, long) = nullptr;
+  const char* (*violations)() = nullptr;
+};
+Fake fake;
+
+template <typename Function>
+void look_up(void* library, const char* name, Function& out) {
+  out = reinterpret_cast<Function>(dlsym(library, name));
+  expect(out != nullptr, "the fake has no", name);
+}
+
+void open_fake(const char* path) {
+  void* library = dlopen(path, RTLD_NOW | RTLD_LOCAL);
+  expect(library != nullptr, "cannot open", path);
+  if (library == nullptr) return;
+  fake.path = path;
+  look_up(library, "fake_automatic", fake.automatic);
+  look_up(library, "fake_advance", fake.advance);
+  look_up(library, "fake_violations", fake.violations);
+  fake.automatic(0);
+}
+
 vattn::Geometry shape(std::int64_t planes) { return {planes, 9, 6, 4096, 384, 60}; }
 
 // Writes and reads back the last byte of what the slot uses: ASan sees nothing of mmap, the kernel does.
@@ -44,6 +73,7 @@ void work(Allocator& kv, unsigned seed, int rounds, bool closing) {
   try {
     for (int i = 0; i < rounds; ++i) {
       const std::int64_t kind = below(8);
+      if (below(4) == 0) kv.fence(1 + seed % 2);
       if (mine.size() < 2 || (kind == 0 && mine.size() < 3)) {
         if (const auto slot = kv.acquire(below(60))) mine.push_back(*slot);
         if (mine.empty()) continue;
@@ -82,6 +112,8 @@ void work(Allocator& kv, unsigned seed, int rounds, bool closing) {
 void run(std::int64_t planes, const char* driver, bool closing, unsigned seed, int rounds) {
   vattn::Options options;
   options.driver = driver;
+  if (fake.path != nullptr) options.library = fake.path;
+  options.stock_groups = 2;
   options.pool_groups = 20;
   options.release_after_s = 0.001;
   options.floor_groups = 2;
@@ -90,10 +122,19 @@ void run(std::int64_t planes, const char* driver, bool closing, unsigned seed, i
   std::thread watcher([&] {
     for (std::int64_t i = 0; !stop; ++i) {
       const std::string problem = kv.check();
-      expect(problem.empty(), "check:", problem);
+      expect(problem.empty(), "check:", std::string(driver) + (closing ? ", closing: " : ": ") + problem);
       const vattn::Stats s = kv.stats();
-      expect(s.total_groups >= s.in_use_groups + s.kept_groups + s.look_ahead_groups, "more groups than exist");
+      expect(s.total_groups + s.over_limit_groups >= s.in_use_groups + s.kept_groups + s.look_ahead_groups, "more groups than exist");
       if (kv.faults() != nullptr) kv.faults()->fail_at(vattn::kAnyVerb, 1 + i % 7, 1 + i % 2);
+      if (fake.path != nullptr) {
+        fake.advance(1, i % 5);
+        fake.advance(2, i % 7);
+      }
+      try {
+        if (i % 50 == 0) kv.set_limit(15 + i / 50 % 6);
+      } catch (const std::runtime_error&) {
+        expect(closing, "closed while nobody closes");
+      }
       std::this_thread::sleep_for(std::chrono::microseconds(200));
     }
   });
@@ -107,7 +148,12 @@ void run(std::int64_t planes, const char* driver, bool closing, unsigned seed, i
   stop = true;
   watcher.join();
   if (kv.faults() != nullptr) kv.faults()->fail_at(vattn::kAnyVerb, 0, 0);
+  if (fake.path != nullptr) {
+    fake.advance(1, -1);
+    fake.advance(2, -1);
+  }
   if (!closing) {
+    kv.set_limit(options.pool_groups);
     kv.reclaim(0);
     const vattn::Stats s = kv.stats();
     expect(s.free_groups == s.total_groups, "groups are missing after reclaim");
@@ -116,21 +162,30 @@ void run(std::int64_t planes, const char* driver, bool closing, unsigned seed, i
   kv.close();
   const std::string problem = kv.check();
   expect(problem.empty() || kv.faults() != nullptr, "check after close:", problem);
+  if (fake.path != nullptr) {
+    const std::string wrong = fake.violations();
+    expect(wrong.empty(), "done to the GPU:", std::string(driver) + (closing ? ", closing: " : ": ") + wrong);
+  }
 }
 
 }  // namespace
 
 int main(int argc, char** argv) {
   const int rounds = argc > 1 ? std::atoi(argv[1]) : 3000;
-  for (unsigned seed = 1; seed <= 2; ++seed) {
-    for (const std::int64_t planes : {2, 6}) {
-      run(planes, "memfd", false, seed, rounds);
-      run(planes, "fault", false, seed, rounds);
-      for (unsigned again = 0; again < 10; ++again) {
-        run(planes, again % 2 ? "fault" : "memfd", true, seed + again, 100000);
+  if (argc > 2) open_fake(argv[2]);
+  const auto all = [rounds](const char* plain, const char* failing) {
+    for (unsigned seed = 1; seed <= 2; ++seed) {
+      for (const std::int64_t planes : {2, 6}) {
+        run(planes, plain, false, seed, rounds);
+        run(planes, failing, false, seed, rounds);
+        for (unsigned again = 0; again < 10; ++again) {
+          run(planes, again % 2 ? failing : plain, true, seed + again, 100000);
+        }
       }
     }
-  }
+  };
+  all("memfd", "fault");
+  if (fake.path != nullptr) all("cuda", "fault_cuda");
   std::printf("stress: %d broken\n", broken.load());
   return broken == 0 ? 0 : 1;
 }

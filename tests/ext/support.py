@@ -70,7 +70,8 @@ def groups(stats: KvStats) -> dict[str, int]:
 
 def comparable(stats: KvStats) -> dict[str, Any]:
     """All that the model and the native allocator must agree on: everything but times and what only Linux has."""
-    hidden = ("map_wait_us", "grow_us", "fence_wait_us", "last_error", "driver_time_us", "descriptor", "inode", "mapping_budget")
+    times = ("map_wait_us", "grow_us", "fence_wait_us", "driver_time_us")
+    hidden = (*times, "last_error", "descriptor", "inode", "mapping_budget")
     return {f.name: getattr(stats, f.name) for f in dataclasses.fields(stats) if f.name not in hidden}
 
 

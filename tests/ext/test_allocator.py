@@ -1,5 +1,5 @@
-"""What the allocator promises, one promise a test: on the model, Linux memory, the fault driver, CUDA on its fake, and a
-GPU where there is one."""
+"""What the allocator promises, one promise a test: on the model, Linux memory, the fault driver, CUDA on its fake, and
+on a GPU where there is one."""
 
 from __future__ import annotations
 

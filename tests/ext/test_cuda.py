@@ -6,6 +6,7 @@ past; each test ends by asking for what it remembers.
 
 from __future__ import annotations
 
+import ctypes
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -120,7 +121,7 @@ def test_growth_and_reuse_wait_for_nobody(fake: FakeCuda, open_kv: Open) -> None
     calls = kv.stats().driver_calls
     assert kv.acquire(40) == b and kv.ensure(b, 40) is None
     assert kv.stats().driver_calls == calls and kv.stats().pending_fences == 1
-    assert fake.calls("cuCtxSynchronize") == 0 or kv.stats().fence_wait_us == 0
+    assert kv.stats().fence_wait_us == 0
 
 
 def test_shrinking_under_a_kernel_is_left_to_the_mapper(fake: FakeCuda, open_kv: Open) -> None:
@@ -168,7 +169,7 @@ def test_shared_pages_leave_a_slot_after_its_kernels(fake: FakeCuda, open_kv: Op
     gone, stays = (a, b) if first == "owner" else (b, a)
     kv.release(gone)
     assert kv.stats().leaving_positions == 3
-    assert kv.acquire(0) not in (gone,), "a slot with pages leaving is not the first choice"
+    assert kv.acquire(0) != gone, "a slot with pages leaving is not the first choice"
     launch(kv, stays)
     fake.advance(STREAM, 2 * kv.geometry.planes + 1)
     until(lambda: kv.stats().leaving_positions == 0)
@@ -328,7 +329,7 @@ def test_out_of_memory_is_an_ordinary_refusal(fake: FakeCuda, open_kv: Open) -> 
     assert refusal is not None and (refusal.reason, refusal.requested_groups) == ("memory", 5)
     assert groups(kv.stats()) == {"free": 100} and fake.used_bytes == 0
     assert kv.stats().last_error == "create: out of GPU memory"
-    fake.memory(1 << 34)
+    fake.memory(1 << 30)
     assert kv.ensure(slot, 50) is None
 
 
@@ -359,10 +360,10 @@ def test_a_fence_that_cannot_be_recorded(fake: FakeCuda, open_kv: Open) -> None:
     fake.fail("cuEventRecord")
     kv.fence(STREAM)
     assert fake.advance(STREAM) == 0, "the stream was waited for"
-    fake.fail("cuEventCreate", 1, -1)
-    kv.fence(STREAM)  # an event is left from before
+    fake.fail_too("cuStreamSynchronize", 1, -1)
     fake.fail("cuEventRecord", 1, -1)
-    kv.fence(STREAM)
+    with pytest.raises(DriverError, match="stream 7: CUDA_ERROR_ILLEGAL_ADDRESS"):
+        kv.fence(STREAM)
     kv.close()
     assert kv.closed
 
@@ -380,8 +381,6 @@ def test_closing_waits_for_the_gpu(fake: FakeCuda, open_kv: Open) -> None:
 
 def test_the_callers_context_stays_current(fake: FakeCuda, open_kv: Open) -> None:
     """A thread that works on another device finds its own context current after every call."""
-    import ctypes
-
     kv = open_kv(pool_groups=5)
     other, now = ctypes.c_void_p(0x1234), ctypes.c_void_p()
     fake.library.cuCtxPushCurrent_v2(other)
@@ -397,6 +396,18 @@ def test_regions_are_the_gpus(fake: FakeCuda, open_kv: Open) -> None:
     kv = open_kv(pool_groups=5, device=1)
     assert [region.__dlpack_device__() for region in kv.regions] == [(2, 1)] * 2
     assert "dltensor" in repr(kv.regions[0].__dlpack__())
+
+
+def test_the_gpu_script_passes_on_the_fake(fake: FakeCuda) -> None:
+    """What scripts/gpu_allocator.py checks on a real GPU without torch: the model's answers with 2 MiB pages."""
+    from scripts.gpu_allocator_checks import Bench, check_model
+
+    fake.automatic(True)
+    bench = Bench(str(fake.path), 0, None)
+    found = check_model(bench)
+    fake.library.cuCtxSetCurrent(None)
+    fake.library.cuDevicePrimaryCtxRelease_v2(0)
+    assert found["operations"] > 200 and fake.violations() == []
 
 
 def test_opening_says_what_is_missing(fake: FakeCuda) -> None:

@@ -141,7 +141,7 @@ class Allocator final : private Mapper::Work {
   bool leaving_in_the_way(Lock& lock, std::int64_t slot, std::int64_t need);
   [[nodiscard]] std::int64_t obtainable(std::int64_t slot, std::int64_t need, std::int64_t count,
                                         FenceNumber passed) const noexcept;
-  // Lets the oldest pending fence pass, without the mutex, and then the mapper leave `slot`. False: none is pending.
+  // Lets at least one more fence pass, without the mutex, and then the mapper leave `slot`. False: none was pending.
   // The slot may be gone afterwards.
   bool wait_for_fence(Lock& lock, std::int64_t slot);
   [[nodiscard]] bool guarded(std::int64_t slot) const noexcept { return table_.at(slot).guard > fences_.passed(); }

@@ -82,7 +82,9 @@ std::int64_t Allocator::obtainable(std::int64_t slot, std::int64_t need, std::in
 }
 
 bool Allocator::wait_for_fence(Lock& lock, std::int64_t slot) {
+  const FenceNumber before = fences_.passed();
   fences_.poll();
+  if (fences_.passed() > before) return true;  // one has, since the caller looked
   const std::shared_ptr<const Fence> oldest = fences_.oldest();
   if (oldest == nullptr) return false;
   const auto start = Mapper::Clock::now();

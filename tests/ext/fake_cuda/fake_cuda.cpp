@@ -11,6 +11,8 @@
 
 #include <condition_variable>
 #include <cstdint>
+#include <cstdio>
+#include <cstring>
 #include <deque>
 #include <map>
 #include <mutex>
@@ -54,7 +56,7 @@ struct Device {
   std::condition_variable advanced;
   int fd = -1;
   u64 granularity = 4096;
-  u64 memory_bytes = u64{1} << 34;
+  u64 memory_bytes = u64{1} << 30;
   u64 used_bytes = 0;
   u64 next_offset = 0;
   u64 next_handle = 1000;
@@ -67,7 +69,7 @@ struct Device {
   std::multimap<u64, u64> holes;       // bytes -> offset, free again
   std::map<void*, std::deque<Work>> streams;
   std::map<std::string, long> calls;
-  Fault fault;
+  Fault faults[2];
   std::vector<std::string> violations;
   std::string joined;
 };
@@ -90,11 +92,10 @@ int violation(Device& d, const std::string& what) {
 // Counts the call and injects; every function that needs a context comes through here.
 int enter(Device& d, const char* name, bool needs_context = true) {
   ++d.calls[name];
-  if (d.fault.nth > 0 && d.fault.name == name) {
-    ++d.fault.seen;
-    if (d.fault.seen >= d.fault.nth && (d.fault.times < 0 || d.fault.seen < d.fault.nth + d.fault.times)) {
-      return d.fault.result;
-    }
+  for (Fault& fault : d.faults) {
+    if (fault.nth == 0 || fault.name != name) continue;
+    ++fault.seen;
+    if (fault.seen >= fault.nth && (fault.times < 0 || fault.seen < fault.nth + fault.times)) return fault.result;
   }
   if (needs_context && (context_stack.empty() || context_stack.back() != &context_tag)) {
     violation(d, std::string(name) + " without the primary context");
@@ -139,6 +140,23 @@ int cuDeviceGet(int* out, int ordinal) {
   return ordinal < 2 ? kOk : kInvalidDevice;
 }
 int cuDeviceGetAttribute(int* out, int, int) { *out = 1; return kOk; }
+int cuDriverGetVersion(int* out) { *out = 13000; return kOk; }
+int cuDeviceGetName(char* out, int bytes, int) {
+  std::snprintf(out, static_cast<std::size_t>(bytes), "fake");
+  return kOk;
+}
+int cuMemcpyHtoD_v2(u64 to, const void* from, std::size_t bytes) {
+  std::memcpy(reinterpret_cast<void*>(to), from, bytes);
+  return kOk;
+}
+int cuMemcpyDtoH_v2(void* to, u64 from, std::size_t bytes) {
+  std::memcpy(to, reinterpret_cast<const void*>(from), bytes);
+  return kOk;
+}
+int cuCtxSetCurrent(void* context) {
+  context_stack.assign(1, context);
+  return kOk;
+}
 int cuDevicePrimaryCtxRetain(void** context, int) {
   Device& d = device();
   const Lock lock(d.mutex);
@@ -389,11 +407,16 @@ void fake_automatic(int on) {
   const Lock lock(d.mutex);
   d.automatic = on != 0;
 }
-// Calls nth .. nth + times - 1 of the function answer `result`; times < 0: for ever; nth 0: none.
+// Calls nth .. nth + times - 1 of the function answer `result`; times < 0: for ever; nth 0: none. Two functions at once.
+void fake_fail_too(const char* name, long nth, long times, int result) {
+  Device& d = device();
+  const Lock lock(d.mutex);
+  d.faults[1] = {name, nth, times, 0, result};
+}
 void fake_fail(const char* name, long nth, long times, int result) {
   Device& d = device();
   const Lock lock(d.mutex);
-  d.fault = {name, nth, times, 0, result};
+  d.faults[0] = {name, nth, times, 0, result};
 }
 void fake_granularity(u64 bytes) { device().granularity = bytes; }
 void fake_memory(u64 bytes) {
