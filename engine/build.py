@@ -130,7 +130,7 @@ def build_runner(
         release_after_s=config.kv_release_after_s,
         floor_groups=config.kv_floor_groups,
     )
-    store = SlotStore(geometry, allocator, dtype)
+    store = SlotStore(geometry, allocator, dtype, clear=config.kv_clear)
     with open_weights(config.model or "") as source:
         total, done = len(source.names()), 0
 

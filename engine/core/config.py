@@ -96,6 +96,9 @@ class EngineConfig:
     kv_release_after_s: float = knob(
         math.inf, lo=0.0, hi=1e9, infinite="never", flag="kv-release-after", group="memory",
         help="seconds after which a finished request's kept pages go back to the system; never = when needed")
+    kv_clear: bool = knob(
+        False, group="memory", default_text="on when there are several API keys",
+        help="give a request's pages back as soon as it ends, so that whoever gets them next reads zeros")
     kv_floor_groups: int = knob(
         0, lo=0, hi=1 << 34, group="memory", help="page groups that --kv-release-after leaves mapped")
     scheduler: str = knob(

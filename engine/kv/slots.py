@@ -13,12 +13,18 @@ from vattention_ext import KvAllocator, KvGeometry
 
 
 class SlotStore:
-    """KvStore over vattention_ext. geometry: the slabs; dtype must have geometry.element_bytes."""
+    """KvStore over vattention_ext. geometry: the slabs; dtype must have geometry.element_bytes.
 
-    def __init__(self, geometry: KvGeometry, allocator: KvAllocator, dtype: torch.dtype) -> None:
+    clear: a released slot's pages go back to the system at once instead of being kept, so that the next owner of
+    that memory reads zeros (the system clears what it hands out).
+    """
+
+    def __init__(
+        self, geometry: KvGeometry, allocator: KvAllocator, dtype: torch.dtype, *, clear: bool = False
+    ) -> None:
         if dtype.itemsize != geometry.element_bytes:
             raise InvariantError(f"dtype {dtype} is not {geometry.element_bytes} bytes wide")
-        self.geometry, self.allocator, self._dtype = geometry, allocator, dtype
+        self.geometry, self.allocator, self._dtype, self._clear = geometry, allocator, dtype, clear
         self._slot: dict[int, int] = {}
         self._flat = [torch.from_dlpack(region).view(dtype) for region in allocator.regions]
 
@@ -83,6 +89,7 @@ class SlotStore:
         """See KvStore."""
         stats = self.allocator.stats()
         return {
+            "kv_slots_active": stats.active_slots,
             "kv_groups_total": stats.total_groups,
             "kv_groups_in_use": stats.in_use_groups,
             "kv_groups_kept": stats.kept_groups,
@@ -97,5 +104,8 @@ class SlotStore:
 
     def _release(self, seq_id: int) -> None:
         slot = self._slot.pop(seq_id, None)
-        if slot is not None:
-            self.allocator.release(slot)
+        if slot is None:
+            return
+        if self._clear:
+            self.allocator.trim(slot, 0)
+        self.allocator.release(slot)

@@ -7,6 +7,7 @@ once, one line each; nothing here raises anything but ConfigError, or exits but 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -222,4 +223,7 @@ def parse(argv: Sequence[str], prog: str) -> Launch:
     keys = _keys(made["ServerConfig"], problems) if "ServerConfig" in made else ()
     if problems:
         raise ConfigError("\n".join(problems))
-    return Launch(made["EngineConfig"], made["ServerConfig"], keys)
+    engine: EngineConfig = made["EngineConfig"]
+    if len(set(keys)) > 1:  # several tenants: no page may carry one's contents to another
+        engine = dataclasses.replace(engine, kv_clear=True)
+    return Launch(engine, made["ServerConfig"], keys)
