@@ -75,11 +75,11 @@ std::string Allocator::check() {
   std::unique_lock<std::mutex> closing(closing_, std::defer_lock);
   if (closed_.load()) closing.lock();  // waits for a close under way, which takes the two in this order
   Lock lock(mutex_);
+  mapper_.wait_not_busy(lock, -1);  // lets the lock go, so a close may have come and gone: only now look
   if (closed_.load()) {
     const bool left = closing.owns_lock() && table_.quarantined_positions() == 0 && pool_.live() != pool_.stranded();
     return left ? "groups left after close" : "";
   }
-  mapper_.wait_not_busy(lock, -1);
   std::unordered_map<const Group*, std::int64_t> holders;
   std::int64_t kept = 0;
   for (std::int64_t i = 0; i < table_.count(); ++i) {
