@@ -82,7 +82,7 @@ Stats Allocator::stats() {
 
 std::string Allocator::check() {
   Lock lock(mutex_);
-  mapper_.wait_not_busy(lock, -1);
+  mapper_.wait_not_busy(lock, -1);  // lets the lock go, so a close may have come and gone: only now look
   if (closed_.load()) {
     lock.unlock();  // a close under way takes the two in this order
     const std::lock_guard<std::mutex> closing(closing_);
