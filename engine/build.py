@@ -24,10 +24,10 @@ from engine.core.request import SamplingParams
 from engine.core.scheduler import Scheduler
 from engine.exec.local import LocalExecutor
 from engine.kv.slots import SlotStore
-from engine.loading.dummy import dummy_weights
 from engine.loading.spec import ModelSpec, read_config
 from engine.loading.weights import open_weights
 from engine.models import models
+from engine.parts.dummy import dummy_weights
 from engine.parts.kernel_set import kernel_sets
 from engine.parts.parts import Parts
 from engine.runner.batch import Row, pack

@@ -311,8 +311,11 @@ def resolve_auto(
     dtype = config.dtype if config.dtype != "auto" else DTYPE_SPELLINGS.get(checkpoint_dtype, checkpoint_dtype)
     if dtype not in DTYPES[1:]:
         raise ConfigError(f"the checkpoint's dtype {dtype!r} is not served; use --dtype {', '.join(DTYPES[1:])}")
+    driver = "cuda" if device == "cuda" else "memfd"
+    if config.kv_driver not in ("auto", driver):
+        raise ConfigError(f"--kv-driver {config.kv_driver} cannot map memory of device {device}; use {driver} or auto")
     resolved = dataclasses.replace(
-        config, dtype=dtype, device=device, kv_driver="cuda" if device == "cuda" else "memfd",
+        config, dtype=dtype, device=device, kv_driver=driver,
         max_model_len=config.max_model_len or max_positions, threads=config.threads or usable_cores)
     return resolve_chunks(resolved)
 

@@ -62,7 +62,8 @@ class Batch:
         sizes = [field.shape[0] for field in (*fields, self.sample_rows)]
         staged = torch.empty(sum(sizes), dtype=torch.int32, pin_memory=True)
         torch.cat([field.to(torch.int32) for field in (*fields, self.sample_rows)], out=staged)
-        tokens, positions, token_slots, slots, q_starts, kv_lens, rows = staged.to(device, non_blocking=True).split(sizes)
+        moved = staged.to(device, non_blocking=True)
+        tokens, positions, token_slots, slots, q_starts, kv_lens, rows = moved.split(sizes)
         return Batch(tokens, positions, token_slots, slots, q_starts, kv_lens, rows, self.spans)
 
     @property

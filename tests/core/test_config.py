@@ -39,14 +39,11 @@ SPELLINGS = [
     ("gpu_memory_utilization", 1, "gpu_memory_utilization", 1.0),
 ]
 REFUSALS = [
-    ({"attention_backend": "fa_vattn"}, "CUDA GPU"),
+    ({"attention_backend": "fi_vattn"}, "not built"),
     ({"attention_backend": "FI_paged"}, "block tables"),
     ({"attention_backend": "cpu_vatn"}, "did you mean 'cpu_vattn'"),
     ({"tensor_parallel_size": 2}, "--tensor-parallel-size 1"),
     ({"pipeline_parallel_size": 4}, "--pipeline-parallel-size 1"),
-    ({"device": "cuda"}, "--device cpu"),
-    ({"kv_driver": "cuda"}, "memfd"),
-    ({"load_format": "dummy"}, "random weights"),
     ({"scheduler": "orca", "chunk_size": 64}, "without a budget"),
     ({"scheduler": "faster_transformer", "max_num_batched_tokens": 64}, "without a budget"),
     ({"kv_page_bytes": 100000}, "98304"),

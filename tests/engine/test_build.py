@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from engine.build import build_engine, within_mappings
 from engine.core.config import EngineConfig
@@ -36,6 +37,20 @@ def test_a_derived_length_is_lowered_and_an_explicit_one_refused() -> None:
     engine.close()
     with pytest.raises(ConfigError, match="--max-model-len 8192 needs"):
         build_engine(EngineConfig(model=folder, kv_pool_bytes=24 << 20, max_model_len=8192))
+
+
+def test_what_needs_a_gpu_is_refused_without_one() -> None:
+    """A device, a driver, a backend: the reason and what to use, before anything is loaded."""
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    folder = str(models.smollm2_dir())
+    for settings, words in (
+        ({"device": "cuda"}, "use --device cpu"),
+        ({"kv_driver": "cuda"}, "use memfd"),
+        ({"attention_backend": "triton_vattn"}, "runs on cuda, not cpu"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            build_engine(EngineConfig(model=folder, **settings))
 
 
 def test_an_unknown_architecture_is_named(tmp_path: object) -> None:

@@ -45,7 +45,7 @@ class FakeCuda:
             ("launch", [u64, u64, u64], None), ("advance", [u64, ctypes.c_long], ctypes.c_long),
             ("automatic", [ctypes.c_int], None), ("fail", [text, ctypes.c_long, ctypes.c_long, ctypes.c_int], None),
             ("fail_too", [text, ctypes.c_long, ctypes.c_long, ctypes.c_int], None),
-            ("memory", [u64], None), ("granularity", [u64], None), ("calls", [text], ctypes.c_long),
+            ("memory", [u64], None), ("stale", [ctypes.c_long], None), ("granularity", [u64], None), ("calls", [text], ctypes.c_long),
             ("used_bytes", [], u64), ("mapped_bytes", [], u64), ("leftovers", [], ctypes.c_long),
             ("violations", [], text),
         ):  # fmt: skip
@@ -63,6 +63,10 @@ class FakeCuda:
     def automatic(self, on: bool) -> None:
         """Events pass when they are recorded."""
         self.library.fake_automatic(int(on))
+
+    def stale(self, queries: int) -> None:
+        """The next `queries` questions after an event answer "not yet", whatever has happened."""
+        self.library.fake_stale(queries)
 
     def fail(self, name: str, nth: int = 1, times: int = 1, result: int = ILLEGAL_ADDRESS) -> None:
         """Calls nth .. nth + times - 1 of cu`name` fail; nth 0: none."""
@@ -108,6 +112,7 @@ class FakeCuda:
         self.fail_too("none", 0)
         self.memory(1 << 30)
         self.granularity(4096)
+        self.stale(0)
         self.violations()
 
 

@@ -157,6 +157,44 @@ def test_growing_back_over_pages_that_are_leaving(fake: FakeCuda, open_kv: Open)
     assert results == [None] and groups(kv.stats()) == {"free": 5, "in_use": 5}
 
 
+def test_look_ahead_that_was_in_use_is_guarded(fake: FakeCuda, open_kv: Open) -> None:
+    """Pages that set_tokens() turned into look-ahead may still be read: nobody takes them before the fence."""
+    kv = open_kv(pool_groups=5)
+    a, b = kv.acquire(0), kv.acquire(0)
+    kv.ensure(a, 50)
+    run_step(kv, a)
+    kv.set_tokens(a, 10)
+    thread, results = in_thread(lambda: kv.ensure(b, 40))
+    time.sleep(0.03)
+    assert not results and fake.violations() == []
+    fake.advance(STREAM)
+    thread.join(LIMIT_S)
+    assert results == [None] and groups(kv.stats()) == {"in_use": 5}
+
+
+@pytest.mark.parametrize("queries", range(1, 13))
+def test_a_fence_may_pass_between_any_two_looks(fake: FakeCuda, open_kv: Open, queries: int) -> None:
+    """Wherever in a growth the device's answer turns, pages leaving are gone first, and what is released is found."""
+    kv = open_kv(pool_groups=5)
+    a, b = kv.acquire(0), kv.acquire(0)
+    kv.ensure(a, 50)
+    run_step(kv, a)
+    kv.trim(a, 10)
+    kv.release(b)
+    fake.advance(STREAM)
+    fake.stale(queries)
+    assert kv.ensure(a, 50) is None
+    fake.stale(0)
+    run_step(kv, a)
+    kv.release(a)
+    b = kv.acquire(0)
+    assert b != a
+    fake.advance(STREAM)
+    fake.stale(queries)
+    assert kv.ensure(b, 50) is None
+    assert fake.violations() == []
+
+
 @pytest.mark.parametrize("first", ["owner", "sharer"])
 def test_shared_pages_leave_a_slot_after_its_kernels(fake: FakeCuda, open_kv: Open, first: str) -> None:
     """Releasing one slot of a shared prefix while a kernel reads it through that slot: unmapped there only later, and

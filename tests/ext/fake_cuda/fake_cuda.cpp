@@ -62,6 +62,7 @@ struct Device {
   u64 next_handle = 1000;
   u64 next_record = 1;
   bool automatic = true;
+  long stale_queries = 0;  // queries that still answer "not yet"
   long contexts = 0, events = 0;
   std::map<u64, u64> regions;          // address -> bytes
   std::map<u64, Page> pages;           // handle
@@ -347,6 +348,10 @@ int cuEventQuery(void* event) {
   Device& d = device();
   const Lock lock(d.mutex);
   if (const int failed = enter(d, "cuEventQuery")) return failed;
+  if (d.stale_queries > 0) {
+    --d.stale_queries;
+    return kNotReady;
+  }
   return static_cast<Event*>(event)->done ? kOk : kNotReady;
 }
 int cuEventSynchronize(void* event) {
@@ -417,6 +422,12 @@ void fake_fail(const char* name, long nth, long times, int result) {
   Device& d = device();
   const Lock lock(d.mutex);
   d.faults[0] = {name, nth, times, 0, result};
+}
+// The next `count` questions after an event answer "not yet", as if it passed between the last of them and the next.
+void fake_stale(long count) {
+  Device& d = device();
+  const Lock lock(d.mutex);
+  d.stale_queries = count;
 }
 void fake_granularity(u64 bytes) { device().granularity = bytes; }
 void fake_memory(u64 bytes) {

@@ -8,10 +8,8 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    import torch
+import torch
 
 SCALE = 0.02
 
@@ -28,8 +26,6 @@ class DummyWeights:
 
     def expect(self, name: str, shape: Sequence[int]) -> torch.Tensor:
         """A (shape) bfloat16 tensor on the device."""
-        import torch
-
         if len(shape) == 1 and name.endswith("norm.weight"):
             return torch.ones(tuple(shape), device=self._device, dtype=torch.bfloat16)
         generator = torch.Generator(self._device).manual_seed(zlib.crc32(name.encode()))
