@@ -223,7 +223,7 @@ std::int64_t SlotTable::last_mapped(const Slot& slot, std::int64_t from) const n
 
 Place SlotTable::oldest_kept(FenceNumber passed) const noexcept {
   for (const auto& [order, slot] : kept_order_) {
-    if (at(slot).mapped == 0) continue;
+    if (at(slot).mapped == 0 || at(slot).guard > passed) continue;
     const std::int64_t index = last_mapped(at(slot), 0);
     if (index >= 0) return {slot, index};
   }
