@@ -45,8 +45,8 @@ class FakeCuda:
             ("launch", [u64, u64, u64], None), ("advance", [u64, ctypes.c_long], ctypes.c_long),
             ("automatic", [ctypes.c_int], None), ("fail", [text, ctypes.c_long, ctypes.c_long, ctypes.c_int], None),
             ("fail_too", [text, ctypes.c_long, ctypes.c_long, ctypes.c_int], None),
-            ("memory", [u64], None), ("stale", [ctypes.c_long], None), ("granularity", [u64], None), ("calls", [text], ctypes.c_long),
-            ("used_bytes", [], u64), ("mapped_bytes", [], u64), ("leftovers", [], ctypes.c_long),
+            ("memory", [u64], None), ("stale", [ctypes.c_long], None), ("granularity", [u64], None),
+            ("calls", [text], ctypes.c_long), ("used_bytes", [], u64), ("mapped_bytes", [], u64), ("leftovers", [], ctypes.c_long),
             ("violations", [], text),
         ):  # fmt: skip
             function = getattr(self.library, f"fake_{name}")

@@ -124,7 +124,8 @@ void run(std::int64_t planes, const char* driver, bool closing, unsigned seed, i
       const std::string problem = kv.check();
       expect(problem.empty(), "check:", std::string(driver) + (closing ? ", closing: " : ": ") + problem);
       const vattn::Stats s = kv.stats();
-      expect(s.total_groups + s.over_limit_groups >= s.in_use_groups + s.kept_groups + s.look_ahead_groups, "more groups than exist");
+      const std::int64_t mapped = s.in_use_groups + s.kept_groups + s.look_ahead_groups;
+      expect(s.total_groups + s.over_limit_groups >= mapped, "more groups than exist");
       if (kv.faults() != nullptr) kv.faults()->fail_at(vattn::kAnyVerb, 1 + i % 7, 1 + i % 2);
       if (fake.path != nullptr) {
         fake.advance(1, i % 5);

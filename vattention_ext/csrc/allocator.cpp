@@ -44,7 +44,8 @@ std::vector<Address> Allocator::reserve_regions() {
     const Status status = Reservation::open(driver_, static_cast<std::size_t>(bytes), *region);
     if (!status.ok()) {
       throw DriverFailure("cannot reserve " + number(geometry_.planes) + " x " + number(bytes) +
-                               " bytes of addresses: " + driver_->explain(status) + "; lower max_model_len or max_num_seqs");
+                          " bytes of addresses: " + driver_->explain(status) +
+                          "; lower max_model_len or max_num_seqs");
     }
     bases.push_back(region->address());
     regions_.push_back(std::move(region));
@@ -203,7 +204,9 @@ bool Allocator::drop(std::int64_t slot, std::int64_t index) {
 
 void Allocator::let_go(std::int64_t slot, std::int64_t index) {
   if (!guarded(slot)) {
+    const auto start = Mapper::Clock::now();
     drop(slot, index);
+    stalls_.add((Mapper::Clock::now() - start).count());
     return;
   }
   table_.depart(slot, index);

@@ -137,7 +137,7 @@ class Allocator final : private Mapper::Work {
   [[nodiscard]] bool holds(std::int64_t slot, std::int64_t tokens) const noexcept;
   Refusal ensure_locked(Lock& lock, std::int64_t slot, std::int64_t tokens);
   Refusal map_up_to(Lock& lock, std::int64_t slot, std::int64_t need);
-  // Removes positions that are leaving below `need`, or waits for a fence that they need. True: look at everything again.
+  // Removes positions that are leaving below `need`, or waits for a fence that they need. True: look again.
   bool leaving_in_the_way(Lock& lock, std::int64_t slot, std::int64_t need);
   [[nodiscard]] std::int64_t obtainable(std::int64_t slot, std::int64_t need, std::int64_t count,
                                         FenceNumber passed) const noexcept;

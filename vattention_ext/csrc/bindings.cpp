@@ -214,8 +214,8 @@ void require(bool ok, const std::string& message) {
 void build(Allocator* self, std::int64_t planes, std::int64_t slots, std::int64_t groups_per_slot,
            std::int64_t page_bytes, std::int64_t token_bytes, std::int64_t max_tokens, const std::string& driver,
            int device, const std::string& libcuda, std::int64_t pool_groups, double release_after_s,
-           std::int64_t floor_groups, std::int64_t stock_groups, std::int64_t max_mappings, const std::string& fail_verb,
-           std::int64_t fail_nth, std::int64_t fail_times) {
+           std::int64_t floor_groups, std::int64_t stock_groups, std::int64_t max_mappings,
+           const std::string& fail_verb, std::int64_t fail_nth, std::int64_t fail_times) {
   const vattn::Geometry geometry{planes, slots, groups_per_slot, page_bytes, token_bytes, max_tokens};
   for (const std::int64_t value : {planes, slots, groups_per_slot, page_bytes, token_bytes, max_tokens, pool_groups}) {
     require(value >= 1 && value <= kLimit, "sizes must be in 1..2^40, got " + std::to_string(value));

@@ -1,5 +1,5 @@
-// The one background thread: maps ahead of need, unmaps what nobody reads any more, gives kept groups back in time. Owns the queue and the waiting;
-// what a unit of work is, it asks its Work. It never enters Python, never spins, and is idle unless asked.
+// The one background thread: maps ahead of need, unmaps what nobody reads any more, gives kept groups back in time.
+// Owns the queue and the waiting; what a unit of work is, it asks its Work. It never enters Python, never spins, and is idle unless asked.
 //
 // It shares the allocator's mutex. A unit may let go of the mutex while it calls the driver; it then names the slot it
 // works on as busy, and the foreground waits for that one unit only, because the mapper lets it go first.

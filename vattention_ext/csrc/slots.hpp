@@ -88,8 +88,8 @@ class SlotTable {
   bool discard(std::int64_t slot, Arrival& arrival) noexcept;
   // Unmaps a position in any state. True: done, and `last` is the group if nobody holds it any more.
   bool drop(std::int64_t slot, std::int64_t index, GroupPtr& last) noexcept;
-  // drop() in three parts, of which the middle one needs no lock. Until land() nothing else may happen to the place, and
-  // its group is held by the slot all the same.
+  // drop() in three parts, of which the middle one needs no lock. Until land() nothing else may happen to the place,
+  // and its group is held by the slot all the same.
   [[nodiscard]] Departure lift(Place place) noexcept;
   static bool unmap(Departure& departure) noexcept;
   bool land(Departure departure, bool unmapped, GroupPtr& last) noexcept;

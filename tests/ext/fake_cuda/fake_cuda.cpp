@@ -1,5 +1,5 @@
-// A libcuda without a GPU, for the tests of the CUDA driver: the symbols that vattention_ext/csrc/cuda_library.hpp looks
-// up, over one memfd, so that mapped pages really are memory and touching an unmapped one really faults.
+// A libcuda without a GPU, for the tests of the CUDA driver: the symbols that vattention_ext/csrc/cuda_library.hpp
+// looks up, over one memfd, so that mapped pages really are memory and touching an unmapped one really faults.
 //
 // It is stricter than CUDA: what a correct caller never does (mapping over a mapping, unmapping what is not mapped or
 // half of it, access to unmapped addresses, releasing a page that is mapped, a call without a current context, and
@@ -301,7 +301,8 @@ int cuMemUnmap(u64 address, std::size_t bytes) {
     --d.pages[it->second.page].mappings;
     it = d.mapped.erase(it);
   }
-  mmap(reinterpret_cast<void*>(address), bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
+  const int nothing = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED;
+  mmap(reinterpret_cast<void*>(address), bytes, PROT_NONE, nothing, -1, 0);
   return kOk;
 }
 int cuMemSetAccess(u64 address, std::size_t bytes, const int* description, std::size_t count) {
@@ -311,14 +312,13 @@ int cuMemSetAccess(u64 address, std::size_t bytes, const int* description, std::
   if (count != 1) return violation(d, "access of more than one device");
   const int flags = description[2];
   if (in_flight(d, address, address + bytes)) return violation(d, "access changed under a kernel in flight");
+  auto it = d.mapped.find(address);
   u64 covered = 0;
-  for (auto it = d.mapped.find(address); it != d.mapped.end() && it->first == address + covered && covered < bytes; ++it) {
-    covered += it->second.bytes;
-  }
+  for (; it != d.mapped.end() && it->first == address + covered && covered < bytes; ++it) covered += it->second.bytes;
   if (covered != bytes) return violation(d, "access to what is not mapped");
   const int protection = flags == 3 ? PROT_READ | PROT_WRITE : flags == 1 ? PROT_READ : PROT_NONE;
   if (mprotect(reinterpret_cast<void*>(address), bytes, protection) != 0) return kOutOfMemory;
-  for (auto it = d.mapped.find(address); it != d.mapped.end() && it->first < address + bytes; ++it) {
+  for (it = d.mapped.find(address); it != d.mapped.end() && it->first < address + bytes; ++it) {
     it->second.access = flags;
   }
   return kOk;
@@ -412,7 +412,7 @@ void fake_automatic(int on) {
   const Lock lock(d.mutex);
   d.automatic = on != 0;
 }
-// Calls nth .. nth + times - 1 of the function answer `result`; times < 0: for ever; nth 0: none. Two functions at once.
+// Calls nth .. nth + times - 1 of the function answer `result`; times < 0: for ever; nth 0: none.
 void fake_fail_too(const char* name, long nth, long times, int result) {
   Device& d = device();
   const Lock lock(d.mutex);
