@@ -46,8 +46,8 @@ class FakeCuda:
             ("automatic", [ctypes.c_int], None), ("fail", [text, ctypes.c_long, ctypes.c_long, ctypes.c_int], None),
             ("fail_too", [text, ctypes.c_long, ctypes.c_long, ctypes.c_int], None),
             ("memory", [u64], None), ("stale", [ctypes.c_long], None), ("granularity", [u64], None),
-            ("calls", [text], ctypes.c_long), ("used_bytes", [], u64), ("mapped_bytes", [], u64), ("leftovers", [], ctypes.c_long),
-            ("violations", [], text),
+            ("calls", [text], ctypes.c_long), ("used_bytes", [], u64), ("mapped_bytes", [], u64),
+            ("leftovers", [], ctypes.c_long), ("violations", [], text),
         ):  # fmt: skip
             function = getattr(self.library, f"fake_{name}")
             function.argtypes, function.restype = arguments, result
