@@ -338,7 +338,7 @@ def test_stalls_are_counted_by_step(fake: FakeCuda, open_kv: Open) -> None:
 def test_the_stock_is_made_ahead_and_given_back(fake: FakeCuda, open_kv: Open) -> None:
     """After a growth the mapper creates groups ahead; they are free in the books, the next growth creates nothing, and
     an idle allocator gives them back."""
-    kv = open_kv(pool_groups=8, stock_groups=3, release_after_s=0.2)
+    kv = open_kv(pool_groups=8, stock_groups=3, release_after_s=1.0)
     slot = kv.acquire(0)
     assert kv.stats().stocked_groups == 0, "nothing before it is used"
     kv.ensure(slot, 10)
@@ -349,11 +349,10 @@ def test_the_stock_is_made_ahead_and_given_back(fake: FakeCuda, open_kv: Open) -
     assert fake.used_bytes == kv.geometry.group_bytes
     kv.ensure(slot, 20)
     until(lambda: kv.stats().stocked_groups == 3)
-    created = fake.calls("cuMemCreate")
-    fake.fail("cuMemCreate", 1, -1, 2)
+    fake.fail("cuMemCreate", 1, -1, 2)  # for ever: what comes now can only come from the stock
     assert kv.ensure(slot, 50) is None, "three from the stock"
     fake.fail("none", 0)
-    assert kv.stats().in_use_groups == 5 and fake.calls("cuMemCreate") - created <= 3
+    assert kv.stats().in_use_groups == 5
     kv.set_limit(5)
     until(lambda: kv.stats().physical_bytes == 5 * kv.geometry.group_bytes)
 
