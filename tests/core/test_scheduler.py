@@ -576,3 +576,24 @@ def test_records_add_up(seed: int) -> None:
     assert stats["outputs_total"] == sum(record.sampled for record in records)
     assert stats["preempted_total"] == sum(record.preempted for record in records)
     assert stats["steps_total"] == len(records)
+
+
+def test_planning_ahead_follows_tokens_that_are_still_to_come() -> None:
+    """ahead: a decode is planned again before its token came, at the place behind it; a stop known late costs one
+    token, which nobody sees; a length known beforehand costs none."""
+    scheduler = make_scheduler(depth=2, ahead=True, groups=200)
+    first = make_request("a", 5, max_tokens=3)
+    scheduler.add(first)
+    plans = [scheduler.plan(0.0), scheduler.plan(0.0)]
+    assert [[(c.start, c.length) for c in plan.chunks] for plan in plans] == [[(0, 5)], [(5, 1)]]
+    loop, executor = make_loop(make_scheduler(depth=2, ahead=True, groups=200))
+    outputs, _ = expected(first, 256)
+    stopping = make_request("b", first.prompt, max_tokens=50, stop_ids=frozenset({outputs[1]}))
+    seen = Collected()
+    for request in (first, stopping):
+        loop.add(request)
+    run(loop, seen)
+    assert_truth([first, stopping], seen, 256)
+    ran = {name: sum(c.samples for plan in executor.steps for c in plan.chunks if c.seq_id == name) for name in (0, 1)}
+    assert ran == {0: 3, 1: len(seen.tokens["b"]) + 1}
+    assert_clean(loop, executor)
