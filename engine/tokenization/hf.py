@@ -14,11 +14,11 @@ from typing import Any
 
 import tokenizers
 
-from engine.core.errors import ConfigError, LoadError, RequestError
+from engine.core.errors import LoadError, RequestError
 from engine.tokenization.byte_table import build_table
 from engine.tokenization.chat import ChatTemplate, find_template
 from engine.tokenization.jsonfile import parse_object, read_bytes, read_optional_object
-from engine.tokenization.vocabulary import PieceTable
+from engine.tokenization.vocabulary import PieceTable, Tokenizer
 
 MAX_TOKENIZER_BYTES = 256 << 20
 NAMED_SPECIALS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -71,6 +71,10 @@ class HfTokenizer:
         known = [token for token in ids if 0 <= token < self.vocab_size]
         return str(self._backend.decode(known, skip_special_tokens=skip_special_tokens))
 
+    def vocab(self) -> dict[str, int]:
+        """Spelling in the vocabulary -> id, added tokens included."""
+        return dict(self._backend.get_vocab(with_added_tokens=True))
+
     def token_bytes(self, token: int) -> bytes:
         """Bytes an id stands for; b"" for special and unknown ids."""
         return b"" if token in self.special_ids else self.table.piece(token)
@@ -86,14 +90,23 @@ class HfTokenizer:
         return self._chat.render(messages, add_generation_prompt)
 
 
-def load_tokenizer(path_or_name: str | Path, patch: object | None = None) -> HfTokenizer:
+def load_tokenizer(path_or_name: str | Path, patch: str | Path | None = None) -> Tokenizer:
     """The tokenizer of a model folder (or of the folder that holds the given tokenizer.json).
 
-    patch: reserved for a patched vocabulary; anything but None is a ConfigError.
-    Raises LoadError, one line, naming file and reason.
+    patch: the folder of a patched vocabulary (docs/vocabularies.md) for that tokenizer; None = the one inside the
+    model folder, if there is one. Raises LoadError, one line, naming file and reason.
     """
-    if patch is not None:
-        raise ConfigError("a vocabulary patch is not supported in this version; leave it out")
+    path = Path(path_or_name).expanduser()
+    own = (path.parent if path.is_file() else path) / "patch"
+    if patch is None and not (own / "patch.json").is_file():
+        return load_base_tokenizer(path)[0]
+    from engine.tokenization.patched import load_patched  # numpy is imported only where it is needed
+
+    return load_patched(path, own if patch is None else Path(patch).expanduser())
+
+
+def load_base_tokenizer(path_or_name: str | Path) -> tuple[HfTokenizer, dict[str, Any]]:
+    """The tokenizer without any patch, and its tokenizer.json. Raises LoadError as load_tokenizer does."""
     path = Path(path_or_name).expanduser()
     folder = path.parent if path.is_file() else path
     if not folder.is_dir():
@@ -107,7 +120,7 @@ def load_tokenizer(path_or_name: str | Path, patch: object | None = None) -> HfT
     table = build_table(backend, definition, str(file))
     template = find_template(folder, config)
     chat = ChatTemplate(template, named, str(folder)) if template is not None else None
-    return HfTokenizer(backend, table, named, chat, *_text_ends(folder, backend, named))
+    return HfTokenizer(backend, table, named, chat, *_text_ends(folder, backend, named)), definition
 
 
 def _backend(file: Path) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
