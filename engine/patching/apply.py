@@ -19,7 +19,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -28,12 +28,10 @@ from engine.core.errors import ConfigError, LoadError
 from engine.loading.resolve import resolve_model
 from engine.loading.safetensors_header import ELEMENT_BYTES, read_header, write_file
 from engine.loading.weights import INDEX_NAME, WeightSource, open_weights
+from engine.patching.artefact import FOLDER_NAME, Artefact, find, read, write
 from engine.patching.config_ids import IdMap, remap_ids
 from engine.patching.embeddings import METHODS, NUMPY_DTYPES, Method, Side, patched_matrix
 from engine.tokenization.jsonfile import read_object, write_object
-
-if TYPE_CHECKING:
-    from engine.patching.artefact import Artefact
 
 log = logging.getLogger(__name__)
 
@@ -43,8 +41,6 @@ HEAD_NAME = "lm_head.weight"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
                    "chat_template.jinja", "chat_template.json", "vocab.json", "merges.txt", "tokenizer.model")
 OTHER_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE")
-PATCH_FOLDER = "patch"
-"""Where load_tokenizer looks for the artefact inside a model folder."""
 
 Progress = Callable[[int], None]
 Tying = Literal["auto", "untie", "input", "output"]
@@ -101,6 +97,9 @@ def apply_patch(model: str | Path, artefact: Artefact, out: str | Path, *, metho
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError(f"--out {target}: exists already; give a new folder, or remove it first")
     config = read_object(source_folder / "config.json")
+    if find(source_folder) is not None or "tessera_patch" in config:
+        raise LoadError(f"{source_folder}: is patched already: its rows are no longer the base tokenizer's; apply to "
+                        "the model that it was made from")
     with open_weights(source_folder) as weights, _scratch_beside(target) as scratch:
         plan, tied_before, tied_after = _plan(weights, config, artefact, method, tying)
         _write_configs(source_folder, scratch, config, artefact, tied_after, method)
@@ -108,13 +107,14 @@ def apply_patch(model: str | Path, artefact: Artefact, out: str | Path, *, metho
         with _bar(f"applying {method} rows", total_bytes, progress) as advance:
             _write_weights(scratch, weights, plan, artefact, method, advance)
         _copy_texts(source_folder, scratch)
-        _write_artefact(artefact, scratch / PATCH_FOLDER)
-        _check_result(scratch, config, len(artefact.old_ids))
-        head = _find(weights, INPUT_ENDINGS, "embedding")
+        write(artefact, scratch / FOLDER_NAME)
+        _check_result(scratch, len(artefact.old_ids))
+        embedding = _find(weights, INPUT_ENDINGS, "embedding")
         _publish(scratch, target)
     rows = len(artefact.old_ids)
     return ApplyReport(
-        out=str(target), method=method, dtype=weights.dtype(head), rows_before=weights.shape(head)[0], rows_after=rows,
+        out=str(target), method=method, dtype=weights.dtype(embedding),
+        rows_before=weights.shape(embedding)[0], rows_after=rows,
         ngram_rows=sum(len(old) > 1 for old in artefact.old_ids), tied_before=tied_before, tied_after=tied_after,
         extra_bytes=sum(t.nbytes for t in plan if t.side == "output") if tied_before and not tied_after else 0,
         total_bytes=total_bytes,
@@ -130,7 +130,8 @@ def _plan(weights: WeightSource, config: dict[str, Any], artefact: Artefact, met
     embedding, head = _find(weights, INPUT_ENDINGS, "embedding"), _find_head(weights)
     flag = config.get("tie_word_embeddings", head is None)
     if not isinstance(flag, bool):
-        raise LoadError(f"{weights.folder / 'config.json'}: tie_word_embeddings={str(flag)[:40]!r} is not true or false")
+        raise LoadError(f"{weights.folder / 'config.json'}: tie_word_embeddings={str(flag)[:40]!r} is not true or "
+                        "false")
     if not flag and head is None:
         raise LoadError(f"{weights.folder}: tie_word_embeddings is false, but the checkpoint has no head tensor "
                         f"({' or '.join(OUTPUT_ENDINGS)}); weights and config.json do not belong together")
@@ -243,7 +244,7 @@ def _write_configs(source: Path, folder: Path, config: dict[str, Any], artefact:
     mapped = remap_ids(config, ids, str(source / "config.json"))
     mapped["vocab_size"] = len(artefact.old_ids)
     mapped["tie_word_embeddings"] = tied
-    mapped["tessera_patch"] = {"folder": PATCH_FOLDER, "base_sha256": artefact.base_sha256, "rows": method}
+    mapped["tessera_patch"] = {"folder": FOLDER_NAME, "base_sha256": artefact.base_sha256, "rows": method}
     write_object(folder / "config.json", mapped)
     generation = source / "generation_config.json"
     if generation.exists():
@@ -259,20 +260,12 @@ def _copy_texts(source: Path, folder: Path) -> None:
             shutil.copyfile(source / name, folder / name)
 
 
-def _write_artefact(artefact: Artefact, folder: Path) -> None:
-    """The patch beside the weights, in our own format whatever it was read from."""
-    from engine.patching.artefact import write
-
-    folder.mkdir()
-    write(artefact, folder)
-
-
-def _check_result(folder: Path, config: dict[str, Any], rows: int) -> None:
+def _check_result(folder: Path, rows: int) -> None:
     """Open what was written as any reader would: whole files, and the rows that config.json promises."""
     with open_weights(folder) as weights:
         for name in filter(None, (_find(weights, INPUT_ENDINGS, "embedding"), _find_head(weights))):
             assert weights.shape(name)[0] == rows
-        assert read_object(folder / "config.json")["vocab_size"] == rows, config.get("vocab_size")
+        assert read_object(folder / "config.json")["vocab_size"] == rows
 
 
 @contextlib.contextmanager
@@ -336,8 +329,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Apply as the flags say; prints the report as one JSON line. Raises ConfigError or LoadError."""
-    from engine.patching.artefact import read
-
     folder = resolve_model(args.model, progress=not args.no_progress)
     artefact = read(Path(args.patch), base_tokenizer_folder=folder)
     tying: Tying = "untie" if args.untie else args.keep_tied or "auto"

@@ -63,7 +63,8 @@ def test_whole_reference_matrices(archive: Path) -> None:
     """All 8191 rows of both reference artefacts, both methods, both sides, through their pickle-free mirror."""
     with tarfile.open(archive) as tar:
         inner = archive.name.removesuffix(".tar.gz")
-        state, arrays = (tar.extractfile(f"{inner}/{name}") for name in ("upstream_state.json", "embeddings_golden.npz"))
+        state = tar.extractfile(f"{inner}/upstream_state.json")
+        arrays = tar.extractfile(f"{inner}/embeddings_golden.npz")
         assert state is not None and arrays is not None
         old_ids = old_ids_of(json.loads(state.read())["converter"])
         with np.load(io.BytesIO(arrays.read()), allow_pickle=False) as stored:
