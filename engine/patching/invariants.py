@@ -179,6 +179,20 @@ def _check_text(artefact: Artefact, base: BaseVocabulary, origin: str) -> None:
                                    f"{list(old[:8])} spell different texts")
 
 
+    if artefact.kind == "appended-merges":
+        _check_spellings(artefact, base, origin)
+
+
+def _check_spellings(artefact: Artefact, base: BaseVocabulary, origin: str) -> None:
+    """A BPE names its tokens by their spelling: no merge may spell a token that there is already."""
+    taken = set(base.ids)
+    for index, pieces in enumerate(artefact.ngrams):
+        spelled = "".join(base.strings[piece] or "" for piece in pieces)
+        if spelled in taken:
+            raise errors.BadMerge(f"{origin}: merge {index} spells {spelled[:40]!r}, which is a token already")
+        taken.add(spelled)
+
+
 def _check_pieces(ids: Sequence[int], base: BaseVocabulary, where: str) -> None:
     missing = next((token for token in ids if not base.has(token)), None)
     if missing is not None:
