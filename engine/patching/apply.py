@@ -8,41 +8,38 @@ promises artefact.py's. No torch: bytes in, bytes out.
 from __future__ import annotations
 
 import argparse
-import contextlib
+import dataclasses
+import functools
 import json
-import logging
-import math
-import os
-import shutil
 import sys
-import tempfile
-from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 
 from engine.core.errors import ConfigError, LoadError
 from engine.loading.resolve import resolve_model
-from engine.loading.safetensors_header import ELEMENT_BYTES, read_header, write_file
-from engine.loading.weights import INDEX_NAME, WeightSource, open_weights
+from engine.loading.weights import WeightSource, open_weights
 from engine.patching.artefact import FOLDER_NAME, Artefact, find, read, write
 from engine.patching.config_ids import IdMap, remap_ids
 from engine.patching.embeddings import METHODS, NUMPY_DTYPES, Method, Side, patched_matrix
+from engine.patching.model_folder import (
+    OutTensor,
+    Raw,
+    byte_bar,
+    copy_of,
+    copy_texts,
+    publish,
+    refuse_existing,
+    scratch_beside,
+    write_weights,
+)
 from engine.tokenization.jsonfile import read_object, write_object
-
-log = logging.getLogger(__name__)
 
 INPUT_ENDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
 OUTPUT_ENDINGS = ("lm_head.weight", "embed_out.weight")
 HEAD_NAME = "lm_head.weight"
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-                   "chat_template.jinja", "chat_template.json", "vocab.json", "merges.txt", "tokenizer.model")
-OTHER_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE")
-
-Progress = Callable[[int], None]
 Tying = Literal["auto", "untie", "input", "output"]
 
 
@@ -63,25 +60,6 @@ class ApplyReport:
     total_bytes: int
 
 
-@dataclass(frozen=True, slots=True)
-class _Tensor:
-    """One tensor of the output: its file and name, stored dtype and shape, and whose rows it is made of.
-
-    source: the tensor of the checkpoint it comes from; side: None = copied as it is.
-    """
-
-    file: str
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    source: str
-    side: Side | None
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * ELEMENT_BYTES[self.dtype]
-
-
 def apply_patch(model: str | Path, artefact: Artefact, out: str | Path, *, method: Method = "exp",
                 tying: Tying = "auto", progress: bool = False) -> ApplyReport:
     """Write the patched model's folder: weights, configs with their ids mapped, tokenizer files, patch/.
@@ -94,81 +72,104 @@ def apply_patch(model: str | Path, artefact: Artefact, out: str | Path, *, metho
     the artefact (rows, ids of removed tokens in a config).
     """
     source_folder, target = Path(model), Path(out)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ConfigError(f"--out {target}: exists already; give a new folder, or remove it first")
+    refuse_existing(target)
     config = read_object(source_folder / "config.json")
     if find(source_folder) is not None or "tessera_patch" in config:
         raise LoadError(f"{source_folder}: is patched already: its rows are no longer the base tokenizer's; apply to "
                         "the model that it was made from")
-    with open_weights(source_folder) as weights, _scratch_beside(target) as scratch:
-        plan, tied_before, tied_after = _plan(weights, config, artefact, method, tying)
-        _write_configs(source_folder, scratch, config, artefact, tied_after, method)
-        total_bytes = sum(tensor.nbytes for tensor in plan)
-        with _bar(f"applying {method} rows", total_bytes, progress) as advance:
-            _write_weights(scratch, weights, plan, artefact, method, advance)
-        _copy_texts(source_folder, scratch)
+    with open_weights(source_folder) as weights, scratch_beside(target) as scratch:
+        plan = _plan(weights, config, artefact, method, tying)
+        _write_configs(source_folder, scratch, config, artefact, plan.tied_after, method)
+        total_bytes = sum(tensor.nbytes for tensor in plan.tensors)
+        made = {name: functools.partial(_new_rows, plan.named(name), weights, artefact, method, side)
+                for name, side in plan.sides.items()}
+        with byte_bar(f"applying {method} rows", total_bytes, progress) as advance:
+            write_weights(scratch, weights, plan.tensors, made, advance)
+        copy_texts(source_folder, scratch)
         write(artefact, scratch / FOLDER_NAME)
-        _check_result(scratch, len(artefact.old_ids))
+        _check_result(scratch, artefact.vocab_size)
+        publish(scratch, target)
         embedding = _find(weights, INPUT_ENDINGS, "embedding")
-        _publish(scratch, target)
-    rows = len(artefact.old_ids)
-    return ApplyReport(
-        out=str(target), method=method, dtype=weights.dtype(embedding),
-        rows_before=weights.shape(embedding)[0], rows_after=rows,
-        ngram_rows=sum(len(old) > 1 for old in artefact.old_ids), tied_before=tied_before, tied_after=tied_after,
-        extra_bytes=sum(t.nbytes for t in plan if t.side == "output") if tied_before and not tied_after else 0,
-        total_bytes=total_bytes,
-    )
+        return ApplyReport(
+            out=str(target), method=method, dtype=weights.dtype(embedding), rows_before=weights.shape(embedding)[0],
+            rows_after=artefact.vocab_size, ngram_rows=sum(len(old) > 1 for old in artefact.old_ids),
+            tied_before=plan.tied_before, tied_after=plan.tied_after, extra_bytes=plan.extra_bytes,
+            total_bytes=total_bytes,
+        )
 
 
 # -------------------------------------------------------------------- which tensors
 
 
-def _plan(weights: WeightSource, config: dict[str, Any], artefact: Artefact, method: Method,
-          tying: Tying) -> tuple[list[_Tensor], bool, bool]:
-    """(output tensors, tied before, tied after). A tied model's copy of the head in the file counts as absent."""
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """Output tensors; which of them get new rows, of which side; whether head and embedding are one matrix."""
+
+    tensors: list[OutTensor]
+    sides: dict[str, Side]
+    tied_before: bool
+    tied_after: bool
+
+    def named(self, name: str) -> OutTensor:
+        return next(tensor for tensor in self.tensors if tensor.name == name)
+
+    @property
+    def extra_bytes(self) -> int:
+        """Of the head that untying adds."""
+        if self.tied_after or not self.tied_before:
+            return 0
+        return sum(tensor.nbytes for tensor in self.tensors if tensor.source != tensor.name)
+
+
+def _plan(weights: WeightSource, config: dict[str, Any], artefact: Artefact, method: Method, tying: Tying) -> _Plan:
+    """What to write. A tied model's copy of the head in the file counts as absent."""
     embedding, head = _find(weights, INPUT_ENDINGS, "embedding"), _find_head(weights)
-    flag = config.get("tie_word_embeddings", head is None)
-    if not isinstance(flag, bool):
-        raise LoadError(f"{weights.folder / 'config.json'}: tie_word_embeddings={str(flag)[:40]!r} is not true or "
+    tied = _is_tied(weights, config, head)
+    if not tied and tying in ("input", "output"):
+        raise ConfigError(f"--keep-tied {tying}: this model's head and embedding are two matrices; leave it out")
+    tied_after = tied and (tying in ("input", "output") or (method == "mean" and tying == "auto"))
+    _check_rows(weights, embedding, config, artefact)
+    if head is not None and not tied:
+        _check_rows(weights, head, config, artefact)
+    sides: dict[str, Side] = {embedding: "output" if tied_after and tying == "output" else "input"}
+    head_name = head or HEAD_NAME
+    bias = head_name.removesuffix(".weight") + ".bias"
+    sides.update({name: "output" for name in (head_name, bias) if name in weights})
+    tensors = [copy_of(weights, name) for name in weights.names()]
+    if tied:  # loading would overwrite a stored head by the embedding; what it holds is nobody's
+        tensors = [tensor for tensor in tensors if tensor.name != head_name]
+        sides.pop(head_name, None)
+    if tied and not tied_after:
+        tensors.append(dataclasses.replace(copy_of(weights, embedding), name=head_name))
+        sides[head_name] = "output"
+    tensors = [dataclasses.replace(tensor, shape=(artefact.vocab_size, *tensor.shape[1:])) if tensor.name in sides
+               else tensor for tensor in tensors]
+    return _Plan(tensors, sides, tied, tied_after)
+
+
+def _is_tied(weights: WeightSource, config: dict[str, Any], head: str | None) -> bool:
+    """What config.json says, or, where it says nothing, whether a head is stored."""
+    tied = config.get("tie_word_embeddings", head is None)
+    if not isinstance(tied, bool):
+        raise LoadError(f"{weights.folder / 'config.json'}: tie_word_embeddings={str(tied)[:40]!r} is not true or "
                         "false")
-    if not flag and head is None:
+    if not tied and head is None:
         raise LoadError(f"{weights.folder}: tie_word_embeddings is false, but the checkpoint has no head tensor "
                         f"({' or '.join(OUTPUT_ENDINGS)}); weights and config.json do not belong together")
-    if not flag and tying in ("input", "output"):
-        raise ConfigError(f"--keep-tied {tying}: this model's head and embedding are two matrices; leave it out")
-    tied_after = flag and (tying in ("input", "output") or (method == "mean" and tying == "auto"))
-    _check_rows(weights, embedding, config, artefact)
-    rows = len(artefact.old_ids)
-    plan = []
-    for name in weights.names():
-        side: Side | None = None
-        if name == embedding:
-            side = "output" if tying == "output" and tied_after else "input"
-        elif head is not None and name in (head, head.removesuffix(".weight") + ".bias"):
-            if flag and name == head:
-                continue  # loading would overwrite it by the embedding; what it holds is nobody's
-            side = "output"
-        shape = weights.shape(name) if side is None else (rows, *weights.shape(name)[1:])
-        plan.append(_Tensor(weights.file_of(name).name, name, weights.dtype(name), shape, name, side))
-    if flag and not tied_after:
-        old = next(tensor for tensor in plan if tensor.name == embedding)
-        plan.append(_Tensor(old.file, head or HEAD_NAME, old.dtype, old.shape, embedding, "output"))
-    return plan, flag, tied_after
+    return tied
 
 
-def _check_rows(weights: WeightSource, embedding: str, config: dict[str, Any], artefact: Artefact) -> None:
-    """Embedding and head must have a row for every base id; rows beyond the vocabulary are padding."""
-    for name in filter(None, (embedding, _find_head(weights))):
-        shape, dtype = weights.shape(name), weights.dtype(name)
-        if len(shape) != 2 or shape[0] < artefact.base_vocab_size or shape[0] != config.get("vocab_size"):
-            raise LoadError(f"{weights.file_of(name)}: tensor {name!r} has shape {shape}; the patch is for "
-                            f"{artefact.base_vocab_size} base ids and config.json says vocab_size="
-                            f"{str(config.get('vocab_size'))[:40]}: it must have that many rows, and no fewer than "
-                            "the base ids")
-        if dtype not in NUMPY_DTYPES:
-            raise LoadError(f"{weights.file_of(name)}: tensor {name!r} is stored as {dtype}; rows of n-grams can be "
-                            f"computed in {', '.join(NUMPY_DTYPES)}; convert the checkpoint")
+def _check_rows(weights: WeightSource, name: str, config: dict[str, Any], artefact: Artefact) -> None:
+    """A matrix must have a row for every base id; rows beyond the vocabulary are padding."""
+    shape, dtype = weights.shape(name), weights.dtype(name)
+    if len(shape) != 2 or shape[0] < artefact.base_vocab_size or shape[0] != config.get("vocab_size"):
+        raise LoadError(f"{weights.file_of(name)}: tensor {name!r} has shape {shape}; the patch is for "
+                        f"{artefact.base_vocab_size} base ids and config.json says vocab_size="
+                        f"{str(config.get('vocab_size'))[:40]}: it must have that many rows, and no fewer than "
+                        "the base ids")
+    if dtype not in NUMPY_DTYPES:
+        raise LoadError(f"{weights.file_of(name)}: tensor {name!r} is stored as {dtype}; rows of n-grams can be "
+                        f"computed in {', '.join(NUMPY_DTYPES)}; convert the checkpoint")
 
 
 def _find(weights: WeightSource, endings: tuple[str, ...], what: str) -> str:
@@ -190,50 +191,11 @@ def _find_head(weights: WeightSource) -> str | None:
 # -------------------------------------------------------------------- writing
 
 
-def _write_weights(folder: Path, weights: WeightSource, plan: list[_Tensor], artefact: Artefact, method: Method,
-                   advance: Progress) -> None:
-    """The source's files again, one after the other, and the index where there are several (or was one)."""
-    mapped: dict[Path, tuple[npt.NDArray[np.uint8], dict[str, tuple[int, int]]]] = {}
-
-    def chunks(tensors: list[_Tensor]) -> Iterator[bytes]:
-        for tensor in tensors:
-            path = weights.file_of(tensor.source)
-            if path not in mapped:
-                mapped.clear()  # one source file is mapped at a time
-                mapped[path] = _map_file(path)
-            data, places = mapped[path]
-            begin, end = places[tensor.source]
-            raw = data[begin:end]
-            if tensor.side is not None:
-                raw = _new_rows(raw, weights, tensor, artefact, method)
-            yield cast(bytes, memoryview(raw))
-            advance(tensor.nbytes)
-
-    files: dict[str, list[_Tensor]] = {}
-    for tensor in plan:
-        files.setdefault(tensor.file, []).append(tensor)
-    for file, tensors in files.items():
-        write_file(folder / file, [(t.name, t.dtype, t.shape) for t in tensors], chunks(tensors))
-    if set(files) != {"model.safetensors"}:
-        index = {"metadata": {"total_size": sum(tensor.nbytes for tensor in plan)},
-                 "weight_map": {tensor.name: tensor.file for tensor in plan}}
-        write_object(folder / INDEX_NAME, index)
-
-
-def _map_file(path: Path) -> tuple[npt.NDArray[np.uint8], dict[str, tuple[int, int]]]:
-    """(the file's bytes, mapped; tensor name -> [begin, end) in them)."""
-    infos = read_header(path)
-    data = np.memmap(path, np.uint8, mode="r")
-    start = 8 + int.from_bytes(data[:8].tobytes(), "little")
-    return data, {name: (start + info.begin, start + info.end) for name, info in infos.items()}
-
-
-def _new_rows(raw: npt.NDArray[np.uint8], weights: WeightSource, tensor: _Tensor, artefact: Artefact,
-              method: Method) -> npt.NDArray[np.uint8]:
-    """The bytes of an embedding, head or bias of the patched vocabulary."""
-    assert tensor.side is not None
+def _new_rows(tensor: OutTensor, weights: WeightSource, artefact: Artefact, method: Method, side: Side,
+              raw: Raw) -> Raw:
+    """The bytes of an embedding, head or bias of the patched vocabulary, from those of the base's."""
     numbers = np.frombuffer(raw, NUMPY_DTYPES[tensor.dtype]).reshape(weights.shape(tensor.source))
-    made = patched_matrix(numbers, tensor.dtype, artefact.old_ids, method, tensor.side)
+    made = patched_matrix(numbers, tensor.dtype, artefact.old_ids, method, side)
     return np.ascontiguousarray(made).reshape(-1).view(np.uint8)
 
 
@@ -242,7 +204,7 @@ def _write_configs(source: Path, folder: Path, config: dict[str, Any], artefact:
     """config.json and generation_config.json, their ids mapped."""
     ids = IdMap(artefact.new_id_of, artefact.removed, artefact.base_vocab_size)
     mapped = remap_ids(config, ids, str(source / "config.json"))
-    mapped["vocab_size"] = len(artefact.old_ids)
+    mapped["vocab_size"] = artefact.vocab_size
     mapped["tie_word_embeddings"] = tied
     mapped["tessera_patch"] = {"folder": FOLDER_NAME, "base_sha256": artefact.base_sha256, "rows": method}
     write_object(folder / "config.json", mapped)
@@ -251,62 +213,12 @@ def _write_configs(source: Path, folder: Path, config: dict[str, Any], artefact:
         write_object(folder / generation.name, remap_ids(read_object(generation), ids, str(generation)))
 
 
-def _copy_texts(source: Path, folder: Path) -> None:
-    """The base tokenizer's files (the patch is a second stage behind it) and the licence."""
-    if not (source / "tokenizer.json").is_file():
-        raise LoadError(f"{source / 'tokenizer.json'}: is missing; a model folder needs it")
-    for name in (*TOKENIZER_FILES, *OTHER_FILES):
-        if (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
-
-
 def _check_result(folder: Path, rows: int) -> None:
     """Open what was written as any reader would: whole files, and the rows that config.json promises."""
     with open_weights(folder) as weights:
         for name in filter(None, (_find(weights, INPUT_ENDINGS, "embedding"), _find_head(weights))):
             assert weights.shape(name)[0] == rows
         assert read_object(folder / "config.json")["vocab_size"] == rows
-
-
-@contextlib.contextmanager
-def _scratch_beside(target: Path) -> Iterator[Path]:
-    """A fresh folder on the target's file system, removed if it was not renamed."""
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    except OSError as error:
-        raise ConfigError(f"--out {target}: cannot be made: {error.strerror or error}; give another folder") from None
-    try:
-        yield scratch
-    except OSError as error:
-        raise ConfigError(f"--out {target}: cannot be written: {error.strerror or error}; free some space or give "
-                          "another folder") from None
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _publish(scratch: Path, target: Path) -> None:
-    """Make the scratch folder durable and give it its name."""
-    for path in [*scratch.rglob("*"), scratch]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-    scratch.chmod(0o755)
-    scratch.rename(target)  # over an empty folder too; a folder that is not empty any more makes it fail
-
-
-@contextlib.contextmanager
-def _bar(label: str, total_bytes: int, wanted: bool) -> Iterator[Progress]:
-    """A tqdm bar in bytes on stderr, or nothing."""
-    if not wanted:
-        yield lambda nbytes: None
-        return
-    from tqdm import tqdm
-
-    with tqdm(desc=label, total=total_bytes, unit="B", unit_scale=True, file=sys.stderr) as bar:
-        yield lambda nbytes: cast(None, bar.update(nbytes))
 
 
 # -------------------------------------------------------------------- command line

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from engine.core.errors import ConfigError, LoadError
 from engine.loading import open_weights, read_config
 from engine.loading.safetensors_header import write_file
-from engine.patching import apply
+from engine.patching import apply, model_folder
 from engine.patching.apply import apply_patch
 from engine.patching.artefact import Artefact, allocate, read, write
 from engine.patching.base import load_base
@@ -205,7 +205,7 @@ def test_a_failure_while_writing_leaves_nothing(tmp_path: Path, monkeypatch: pyt
         written.append(path)
         write_file(path, *rest)
 
-    monkeypatch.setattr(apply, "write_file", full_disk)
+    monkeypatch.setattr(model_folder, "write_file", full_disk)
     with pytest.raises(ConfigError, match="No space left on device"):
         apply_patch(base, permuted_artefact(), tmp_path / "out")
     assert written and sorted(path.name for path in tmp_path.iterdir()) == [base.name]
