@@ -44,8 +44,8 @@ class Encoder(Protocol):
 @dataclass(frozen=True, slots=True)
 class TokenStream:
     """Documents end to end. ids: (N,) uint32, on disk or in memory; starts: (documents + 1,) int64, first token of
-    each document and N; chars and utf8_bytes: (documents,) int64; sha256: of the texts, in order; dropped: how many
-    documents were left out as copies."""
+    each document and N; chars and utf8_bytes: (documents,) int64; sha256: of the texts, in order; exact_copies and
+    near_copies: documents left out; text_file: the texts end to end, if they were kept."""
 
     ids: Any
     starts: Any
@@ -54,11 +54,27 @@ class TokenStream:
     sha256: str
     exact_copies: int = 0
     near_copies: int = 0
+    text_file: Path | None = None
 
     @property
     def documents(self) -> int:
         """How many documents."""
         return len(self.starts) - 1
+
+    def batches(self, limit_chars: int = BATCH_CHARS) -> Iterator[list[str]]:
+        """The kept texts again, in order, in batches of about limit_chars."""
+        assert self.text_file is not None
+        with self.text_file.open("rb") as file:
+            batch: list[str] = []
+            chars = 0
+            for size in self.utf8_bytes.tolist():
+                batch.append(file.read(size).decode())
+                chars += len(batch[-1])
+                if chars >= limit_chars:
+                    yield batch
+                    batch, chars = [], 0
+            if batch:
+                yield batch
 
 
 def read_documents(files: Sequence[str | Path], documents: str = "auto", field: str = "text") -> Iterator[str]:
@@ -233,9 +249,11 @@ def _band_keys(sketch: Any) -> list[int]:
 class StreamWriter:
     """Collects encoded documents into a TokenStream whose ids lie in `path`."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, keep_text: bool = False) -> None:
         self._path = path
         self._file = path.open("wb")
+        self._text_file = path.with_name(path.name + "-text") if keep_text else None
+        self._text = self._text_file.open("wb") if self._text_file is not None else None
         self._starts, self._chars, self._bytes = [0], [], []  # type: ignore[var-annotated]
         self._hash = hashlib.sha256()
         self.exact_copies = self.near_copies = 0
@@ -245,6 +263,8 @@ class StreamWriter:
         raw = text.encode()
         self._hash.update(len(raw).to_bytes(8, "little") + raw)
         ids.tofile(self._file)
+        if self._text is not None:
+            self._text.write(raw)
         self._starts.append(self._starts[-1] + len(ids))
         self._chars.append(len(text))
         self._bytes.append(len(raw))
@@ -252,9 +272,11 @@ class StreamWriter:
     def close(self) -> TokenStream:
         """The stream; its ids are read from the file as they are needed."""
         self._file.close()
+        if self._text is not None:
+            self._text.close()
         return TokenStream(open_ids(self._path), np.array(self._starts, np.int64), np.array(self._chars, np.int64),
                            np.array(self._bytes, np.int64), self._hash.hexdigest(), self.exact_copies,
-                           self.near_copies)
+                           self.near_copies, self._text_file)
 
 
 def open_ids(path: Path) -> Any:
@@ -264,15 +286,15 @@ def open_ids(path: Path) -> Any:
 
 def encode_corpus(texts: Iterable[str], encoder: Encoder, path: Path, seen: Deduplicator | None = None,
                   held_out: tuple[Path, Callable[[str], bool]] | None = None,
-                  progress: Callable[[int], object] | None = None,
+                  progress: Callable[[int], object] | None = None, keep_text: bool = False,
                   batch_chars: int = BATCH_CHARS) -> tuple[TokenStream, TokenStream | None]:
     """Encode documents, without special tokens, in batches; copies are left out if `seen` is given.
 
     held_out: (file, rule): documents for which the rule holds go to a second stream. progress: told the characters
-    done. Blank documents are left out. The result does not depend on batch_chars.
+    done. keep_text: the streams can give their texts again. Blank documents are left out. The result does not depend on batch_chars.
     """
-    main = StreamWriter(path)
-    other = StreamWriter(held_out[0]) if held_out is not None else None
+    main = StreamWriter(path, keep_text)
+    other = StreamWriter(held_out[0], keep_text) if held_out is not None else None
     for batch in _batches(texts, main, seen, batch_chars):
         rows = [np.asarray(ids, np.uint32) for ids in encoder.encode_batch(batch, add_special_tokens=False)]
         near = seen.near_copies(rows) if seen is not None else [False] * len(rows)
