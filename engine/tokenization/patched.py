@@ -78,15 +78,11 @@ class PatchedTokenizer:
 
         Raises RequestError for text that is not valid Unicode.
         """
-        check_unicode(text)
-        backend = self._backend if parse_special else self._plain_backend
-        return self._second(backend.encode(text, add_special_tokens=add_special_tokens and self._adds).ids)
+        return self.encode_batch([text], add_special_tokens, parse_special=parse_special)[0]
 
     def encode_batch(self, texts: Sequence[str], add_special_tokens: bool = True, *, parse_special: bool = True
                      ) -> list[list[int]]:
         """encode of each. The library uses all cores unless TOKENIZERS_PARALLELISM forbids it."""
-        if len(texts) == 1:
-            return [self.encode(texts[0], add_special_tokens, parse_special=parse_special)]
         for text in texts:
             check_unicode(text)
         backend = self._backend if parse_special else self._plain_backend
