@@ -241,7 +241,7 @@ def in_priority(choices: Sequence[Choice]) -> list[Ngram]:
 
 def _frequencies(stream: TokenStream, size: int) -> Any:
     """(V,) int64: occurrences of each base id."""
-    total = np.zeros(size, np.int64)
+    total: Any = np.zeros(size, np.int64)
     for first in range(0, len(stream.ids), CHUNK_TOKENS):
         total += np.bincount(stream.ids[first:first + CHUNK_TOKENS], minlength=size)
     return total
@@ -269,7 +269,7 @@ def _respell(stream: TokenStream, parts: Mapping[int, tuple[int, ...]], frequenc
     if not any(frequencies[token] for token in parts):
         return stream
     path = work / "respelled"
-    lengths = np.zeros(stream.documents, np.int64)
+    lengths: Any = np.zeros(stream.documents, np.int64)
     with path.open("wb") as file:
         for first, last in document_chunks(stream.starts, CHUNK_TOKENS):
             low, high = int(stream.starts[first]), int(stream.starts[last])
@@ -310,7 +310,7 @@ def _backend(definition: str) -> tokenizers.Tokenizer:
 def _measure_text(stream: TokenStream, backend: tokenizers.Tokenizer, base_size: int, added: int) -> Measured:
     """Encode a stream's texts again with another tokenizer."""
     patched: list[int] = []
-    uses = np.zeros(base_size + added, np.int64)
+    uses: Any = np.zeros(base_size + added, np.int64)
     for batch in stream.batches():
         rows = [encoding.ids for encoding in backend.encode_batch_fast(batch, add_special_tokens=False)]
         patched += map(len, rows)

@@ -6,6 +6,7 @@ knows nothing of n-grams, and its results depend on the texts and their order on
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import hashlib
 import io
@@ -269,11 +270,19 @@ class StreamWriter:
         self._chars.append(len(text))
         self._bytes.append(len(raw))
 
-    def close(self) -> TokenStream:
-        """The stream; its ids are read from the file as they are needed."""
+    def __enter__(self) -> StreamWriter:
+        """The writer."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close the files."""
         self._file.close()
         if self._text is not None:
             self._text.close()
+
+    def finish(self) -> TokenStream:
+        """The stream; its ids are read from the file as they are needed."""
+        self.__exit__()
         return TokenStream(open_ids(self._path), np.array(self._starts, np.int64), np.array(self._chars, np.int64),
                            np.array(self._bytes, np.int64), self._hash.hexdigest(), self.exact_copies,
                            self.near_copies, self._text_file)
@@ -281,7 +290,7 @@ class StreamWriter:
 
 def open_ids(path: Path) -> Any:
     """(N,) uint32 over a file; numpy cannot map an empty one."""
-    return np.memmap(path, np.uint32, "r") if path.stat().st_size else np.zeros(0, np.uint32)
+    return np.asarray(np.memmap(path, np.uint32, "r")) if path.stat().st_size else np.zeros(0, np.uint32)
 
 
 def encode_corpus(texts: Iterable[str], encoder: Encoder, path: Path, seen: Deduplicator | None = None,
@@ -291,23 +300,24 @@ def encode_corpus(texts: Iterable[str], encoder: Encoder, path: Path, seen: Dedu
     """Encode documents, without special tokens, in batches; copies are left out if `seen` is given.
 
     held_out: (file, rule): documents for which the rule holds go to a second stream. progress: told the characters
-    done. keep_text: the streams can give their texts again. Blank documents are left out. The result does not depend on batch_chars.
+    done. keep_text: the streams can give their texts again. Blank documents are left out. The result does not
+    depend on batch_chars.
     """
-    main = StreamWriter(path, keep_text)
-    other = StreamWriter(held_out[0], keep_text) if held_out is not None else None
-    for batch in _batches(texts, main, seen, batch_chars):
-        rows = [np.asarray(ids, np.uint32) for ids in encoder.encode_batch(batch, add_special_tokens=False)]
-        near = seen.near_copies(rows) if seen is not None else [False] * len(rows)
-        for text, ids, copy in zip(batch, rows, near):
-            aside = other is not None and held_out is not None and held_out[1](text)
-            writer = other if aside and other is not None else main
-            if copy:
-                main.near_copies += 1
-            else:
-                writer.add(text, ids)
-        if progress is not None:
-            progress(sum(map(len, batch)))
-    return main.close(), other.close() if other is not None else None
+    with contextlib.ExitStack() as stack:
+        main = stack.enter_context(StreamWriter(path, keep_text))
+        other, rule = None, every_nth(0.0)
+        if held_out is not None:
+            other, rule = stack.enter_context(StreamWriter(held_out[0], keep_text)), held_out[1]
+        for batch in _batches(texts, main, seen, batch_chars):
+            rows = [np.asarray(ids, np.uint32) for ids in encoder.encode_batch(batch, add_special_tokens=False)]
+            near = seen.near_copies(rows) if seen is not None else [False] * len(rows)
+            main.near_copies += sum(near)
+            for text, ids, copy in zip(batch, rows, near):
+                if not copy:
+                    (other if other is not None and rule(text) else main).add(text, ids)
+            if progress is not None:
+                progress(sum(map(len, batch)))
+        return main.finish(), other.finish() if other is not None else None
 
 
 def _batches(texts: Iterable[str], writer: StreamWriter, seen: Deduplicator | None, limit_chars: int

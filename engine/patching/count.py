@@ -51,22 +51,28 @@ def count_ngrams(stream: TokenStream, joins: Joins, max_n: int, min_count: int, 
     passed, 2 * (max_n - 1) * N in all. Nothing crosses a document's end. The result does not depend on chunk_tokens.
     """
     size = len(stream.ids)
-    begins = np.zeros(size + 1, bool)
+    begins = flags(folder / "document-begins", size + 1)
     begins[stream.starts] = True
     levels: list[Level] = []
     for n in range(2, max_n + 1):
         source = _Keys(stream.ids, begins, joins, levels[-1] if levels else None, n)
         kept, counts = _count(source, size, min_count, folder, progress, chunk_tokens)
         path = folder / f"at-{n}"
+        path.unlink(missing_ok=True)
         with path.open("wb") as out:
-            for first, keys, valid in source.chunks(chunk_tokens):
+            for _, keys, valid in source.chunks(chunk_tokens):
                 _number(keys, valid, kept).tofile(out)
                 if progress is not None:
                     progress(len(keys))
-                del first
-        at = np.memmap(path, np.uint32, "r") if size else np.zeros(0, np.uint32)
+        at = np.asarray(np.memmap(path, np.uint32, "r")) if size else np.zeros(0, np.uint32)
         levels.append(Level(_spell(kept, levels[-1] if levels else None), counts, at))
     return levels
+
+
+def flags(path: Path, size: int) -> Any:
+    """(size,) bool, False, over a new file, so that a long row need not fit into memory. size >= 1."""
+    path.unlink(missing_ok=True)  # an older row of the same name may still be mapped
+    return np.asarray(np.memmap(path, np.bool_, "w+", shape=(size,)))
 
 
 class _Keys:
@@ -192,7 +198,8 @@ def positions_of(level: Level, wanted: Any, path: Path, progress: Progress | Non
     """
     offsets = np.concatenate(([0], np.cumsum(level.counts[wanted]))).astype(np.int64)
     total = int(offsets[-1])
-    places = np.memmap(path, np.int64, "w+", shape=(total,)) if total else np.zeros(0, np.int64)
+    path.unlink(missing_ok=True)
+    places = np.asarray(np.memmap(path, np.int64, "w+", shape=(total,))) if total else np.zeros(0, np.int64)
     group = np.full(len(level.counts) + 1, -1, np.int64)  # the last entry stands for NONE
     group[wanted] = np.arange(len(wanted))
     cursor = offsets[:-1].copy()

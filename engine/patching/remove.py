@@ -35,7 +35,8 @@ def first_merges(definition: Mapping[str, Any], origin: str = "tokenizer.json") 
     Rules whose parts or result are not in the vocabulary are passed over. Raises LoadError for another model.
     """
     model = definition.get("model")
-    if not isinstance(model, dict) or model.get("type") not in ("BPE", None) or not isinstance(model.get("merges"), list):
+    bpe = isinstance(model, dict) and model.get("type") in ("BPE", None)
+    if not bpe or not isinstance(model, dict) or not isinstance(model.get("merges"), list):
         raise LoadError(f"{origin}: its model is not a BPE with merges; vocabularies are patched for BPE only")
     if model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
         raise LoadError(f"{origin}: its BPE marks parts of words (continuing_subword_prefix, end_of_word_suffix), "

@@ -35,7 +35,8 @@ class Matcher:
         for n in range(2, max(map(len, ngrams), default=1) + 1):
             nodes = sorted({ngram[:n] for ngram in ngrams if len(ngram) >= n})
             heads = [node[0] if n == 2 else numbers[node[:-1]] for node in nodes]
-            self._keys.append((np.array(heads, np.uint64) << _SHIFT) | np.array([node[-1] for node in nodes], np.uint64))
+            lasts = np.array([node[-1] for node in nodes], np.uint64)
+            self._keys.append((np.array(heads, np.uint64) << _SHIFT) | lasts)
             self._ends.append(np.array([place.get(node, -1) for node in nodes], np.int64))
             numbers = {node: number for number, node in enumerate(nodes)}
 

@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from engine.patching.count import Joins, Level, Progress, count_ngrams, positions_of
 from engine.patching.corpus import TokenStream
+from engine.patching.count import Joins, Level, Progress, count_ngrams, flags, positions_of
 
 LEAST_SAVING = 2
 POOL_FACTOR = 6
@@ -95,7 +95,8 @@ def _pool(levels: list[Level], size: int, accept: Callable[[Ngram], bool], unsee
 def _greedy(stream: TokenStream, levels: list[Level], pool: _Pool, count: int, folder: Path,
             bar: Progress | None) -> list[Choice]:
     """Choose from the pool."""
-    begins = np.ones(len(stream.ids) + max(level.tokens.shape[1] for level in levels), bool)
+    begins = flags(folder / "unit-begins", len(stream.ids) + max(level.tokens.shape[1] for level in levels))
+    begins[:] = True
     spots = [_Spots(level, [item for owner, item in pool.which if owner == number], folder / f"spots-{number}")
              for number, level in enumerate(levels)]
     rank = {ngram: place for place, ngram in enumerate(sorted(pool.ngrams))}
@@ -136,7 +137,7 @@ class _Spots:
 
     def _of(self, item: int) -> Any:
         first = self._first[item]
-        return np.asarray(self._places[first:first + self._length[item]])
+        return self._places[first:first + self._length[item]]
 
     def _keep(self, item: int, places: Any) -> None:
         first = self._first[item]
