@@ -119,10 +119,11 @@ def train(model: str | Path, documents: list[str], out: str | Path, settings: Tr
     settings = _resolve(settings, blocks)
     scored = _encoded(tokenizer, held_out or [])
     amp = settings.dtype == "bfloat16"
-    network = train_step.load_model(folder, settings.device, torch.bfloat16 if amp else torch.float32)
+    network = train_step.load_model(folder, settings.device)
     _check_rows(network, tokenizer, folder)
     torch.manual_seed(settings.seed)
-    trained = train_step.choose_trainable(network, settings.first_blocks, settings.last_blocks, settings.lora_rank)
+    trained = train_step.choose_trainable(network, settings.first_blocks, settings.last_blocks, settings.lora_rank,
+                                          torch.bfloat16 if amp else torch.float32)
     optimiser = train_step.make_optimiser(trained, settings.weight_decay)
     place = Path(state) if state is not None else target.with_name(target.name + ".training")
     identity = {"settings": {key: value for key, value in asdict(settings).items() if key not in _FREE},

@@ -27,12 +27,12 @@ LORA_ALPHA_PER_RANK = 4
 LORA_DROPOUT = 0.1
 
 
-def load_model(folder: Path, device: str, frozen_dtype: torch.dtype) -> Any:
-    """transformers' own model, every parameter frozen and in `frozen_dtype`. Raises LoadError, one line."""
+def load_model(folder: Path, device: str) -> Any:
+    """transformers' own model, every parameter frozen and in its stored dtype. Raises LoadError, one line."""
     from transformers import AutoModelForCausalLM
 
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=frozen_dtype, local_files_only=True)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True)
     except (OSError, ValueError, RuntimeError) as error:
         raise LoadError(f"{folder}: transformers cannot load it: {(str(error).splitlines() or [''])[0][:200]}"
                         ) from None
@@ -44,9 +44,12 @@ def load_model(folder: Path, device: str, frozen_dtype: torch.dtype) -> Any:
     return model.to(device)
 
 
-def choose_trainable(model: Any, first: int, last: int, lora_rank: int = 0) -> dict[str, torch.nn.Parameter]:
+def choose_trainable(model: Any, first: int, last: int, lora_rank: int = 0,
+                     frozen_dtype: torch.dtype = torch.float32) -> dict[str, torch.nn.Parameter]:
     """Let embedding, head and the first and last blocks learn; their parameters by name, in float32.
 
+    What does not learn becomes frozen_dtype, outside those blocks; in them it stays float32, for adapters are added
+    to it in the end.
     first, last: numbers of blocks from either end. lora_rank > 0: rank-limited updates (peft) inside those blocks
     instead of their own weights; embedding and head learn whole in any case, for the n-grams' rows are new.
     Source: AdaptiVocab, section on fine-tuning; the released code leaves the first block frozen, here it learns.
@@ -65,8 +68,8 @@ def choose_trainable(model: Any, first: int, last: int, lora_rank: int = 0) -> d
     for name, parameter in model.named_parameters():
         found = LAYER.search(name)
         inside = found is not None and int(found[1]) in blocks
+        parameter.data = parameter.data.to(torch.float32 if inside or id(parameter) in ends else frozen_dtype)
         if id(parameter) in ends or (inside and (not lora_rank or ".lora_" in name)):
-            parameter.data = parameter.data.float()
             parameter.requires_grad_(True)
             chosen[name] = parameter
     return chosen
