@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from engine.core.errors import LoadError
 from engine.loading.safetensors_header import read_header, write_file
@@ -174,10 +176,10 @@ def find(folder: str | Path) -> Path | None:
     return None
 
 
-def _to_arrays(artefact: Artefact) -> dict[str, np.ndarray]:
+def _to_arrays(artefact: Artefact) -> dict[str, npt.NDArray[np.int32]]:
     """The arrays of the file, little-endian int32."""
     removed = sorted(artefact.removed.items())
-    new_id_of = np.full(artefact.base_vocab_size, -1, "<i4")
+    new_id_of: npt.NDArray[np.int32] = np.full(artefact.base_vocab_size, -1, "<i4")
     if artefact.new_id_of:
         new_id_of[list(artefact.new_id_of)] = list(artefact.new_id_of.values())
     arrays = {"new_id_of": new_id_of, "ngram_ids": np.array(artefact.ngram_ids, "<i4"),
@@ -189,23 +191,23 @@ def _to_arrays(artefact: Artefact) -> dict[str, np.ndarray]:
     return arrays
 
 
-def _ragged(rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+def _ragged(rows: Sequence[Sequence[int]]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
     """Rows of several lengths as offsets (rows + 1) and their items in a row."""
-    offsets = np.zeros(len(rows) + 1, "<i4")
+    offsets: npt.NDArray[np.int32] = np.zeros(len(rows) + 1, "<i4")
     np.cumsum([len(row) for row in rows], out=offsets[1:])
     return offsets, np.array([item for row in rows for item in row], "<i4")
 
 
-def _rows(name: str, arrays: Mapping[str, np.ndarray]) -> list[tuple[int, ...]]:
+def _rows(name: str, arrays: Mapping[str, npt.NDArray[np.int32]]) -> list[tuple[int, ...]]:
     """_ragged undone. Raises ValueError for offsets that do not tile the items."""
     offsets, parts = arrays[f"{name}_offsets"], arrays[f"{name}_parts"].tolist()
     if not offsets.size or offsets[0] != 0 or offsets[-1] != len(parts) or (np.diff(offsets) < 0).any():
         raise ValueError(f"{name}_offsets do not run from 0 to {len(parts)}")
     bounds = offsets.tolist()
-    return [tuple(parts[begin:end]) for begin, end in zip(bounds, bounds[1:], strict=False)]
+    return [tuple(parts[begin:end]) for begin, end in itertools.pairwise(bounds)]
 
 
-def _from_arrays(value: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Artefact:
+def _from_arrays(value: Mapping[str, Any], arrays: Mapping[str, npt.NDArray[np.int32]]) -> Artefact:
     """The dataclass of two files read. Raises ValueError for arrays that do not fit each other."""
     base_size = value["base"]["vocab_size"]
     if arrays["new_id_of"].size != base_size:
@@ -246,7 +248,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _read_arrays(path: Path, promised: Mapping[str, Any]) -> dict[str, np.ndarray]:
+def _read_arrays(path: Path, promised: Mapping[str, Any]) -> dict[str, npt.NDArray[np.int32]]:
     """The arrays, after the file's length and hash were found to be those promised."""
     if not path.is_file():
         raise MissingFile(f"{path}: is missing; it belongs to {JSON_NAME}")

@@ -77,7 +77,8 @@ def canonical_sha256(definition: Mapping[str, Any]) -> str:
     Raises LoadError for a model that is not BPE or not well formed.
     """
     model = definition.get("model")
-    if not isinstance(model, dict) or model.get("type") not in ("BPE", None) or not isinstance(model.get("vocab"), dict):
+    is_bpe = isinstance(model, dict) and model.get("type") in ("BPE", None)
+    if not isinstance(model, dict) or not is_bpe or not isinstance(model.get("vocab"), dict):
         kind = model.get("type") if isinstance(model, dict) else type(model).__name__
         raise LoadError(f"the base tokenizer's model is {str(kind)[:40]}; a patched vocabulary needs BPE")
     try:

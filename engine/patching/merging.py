@@ -12,11 +12,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from engine.patching.invariants import dead_ngrams
 
 # A node of the trie: the new id of the n-gram that ends here and is the prefix of no other, or (new id or -1 when
-# none ends here, piece -> node). Plain ints for the most frequent case: it is tested by identity of the class.
+# none ends here, piece -> node). Plain ints for the most frequent case.
 _Node = int | tuple[int, dict[int, "_Node"]]
 
 
@@ -59,10 +60,11 @@ class Merger:
         walked = list(ids)
         if removed and not removed.keys().isdisjoint(walked):
             walked = [part for token in walked for part in removed.get(token, (token,))]
-        first, out = self._first, []
+        first = self._first
+        out: list[int] = []
         add = out.append
-        # An iterator instead of an index: a third of the time. Only n-grams of three and more need the position.
-        rest = iter(walked)
+        # An iterator instead of an index: a third faster. Only n-grams of three and more need the position.
+        rest: Any = iter(walked)  # typing does not know that a list iterator's position can be read and set
         token = next(rest, None)
         for following in rest:
             if token is None:  # the last token was taken into an n-gram
@@ -72,7 +74,7 @@ class Merger:
             if follows is not None:
                 node = follows.get(following)
                 if node is not None:
-                    if node.__class__ is int:
+                    if isinstance(node, int):
                         add(node)
                         token = None
                         continue
@@ -109,8 +111,8 @@ class Merger:
             if isinstance(node, int):
                 node = children[piece] = (node, {})
             children = node[1]
-        node = children.get(pieces[-1])
-        children[pieces[-1]] = (new_id, node[1]) if isinstance(node, tuple) else new_id
+        longer = children.get(pieces[-1])
+        children[pieces[-1]] = (new_id, longer[1]) if isinstance(longer, tuple) else new_id
 
 
 def _longest(node: _Node, ids: Sequence[int], stop: int) -> tuple[int, int]:

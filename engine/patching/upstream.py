@@ -64,6 +64,7 @@ class _Machine:
 
     origin: str
     names: frozenset[tuple[str, str]]
+    file_bytes: int = 0
     stack: list[Any] = field(default_factory=list)
     memo: list[Any] = field(default_factory=list)
 
@@ -133,6 +134,11 @@ class _Machine:
         state = self.pop()
         self.top(Record).state = state
 
+    def frame(self, length: int) -> None:
+        """Frames only group bytes, which are all here; one longer than the file is a lie all the same."""
+        if length > self.file_bytes:
+            raise self.refuse(f"a frame of {length} bytes in a file of {self.file_bytes}")
+
     def small_int(self, value: Any) -> None:
         """Push an integer of at most 64 bits."""
         if value.bit_length() > 8 * MAX_INT_BYTES:
@@ -170,7 +176,7 @@ def _named_on_stack(machine: _Machine, _: Any) -> None:
 
 
 _DO: Mapping[str, Callable[[_Machine, Any], None]] = {
-    "PROTO": lambda m, a: None, "FRAME": lambda m, a: None,
+    "PROTO": lambda m, a: None, "FRAME": lambda m, a: m.frame(a),
     "MARK": lambda m, a: m.stack.append(_MARK), "POP": lambda m, a: m.pop() and None,
     "NONE": lambda m, a: m.stack.append(None), "NEWTRUE": lambda m, a: m.stack.append(True),
     "NEWFALSE": lambda m, a: m.stack.append(False), "BINFLOAT": _push,
@@ -197,7 +203,7 @@ def read_pickle(path: Path, names: frozenset[tuple[str, str]] = frozenset()) -> 
         raise MissingFile(f"{path}: is missing; give a directory that upstream's code saved")
     if path.stat().st_size > MAX_FILE_BYTES:
         raise PickleTooLarge(f"{path}: has {path.stat().st_size} bytes; allowed: {MAX_FILE_BYTES}")
-    machine = _Machine(str(path), names)
+    machine = _Machine(str(path), names, path.stat().st_size)
     try:
         for count, (opcode, argument, _) in enumerate(pickletools.genops(path.read_bytes())):
             if opcode.name == "STOP":

@@ -102,7 +102,8 @@ class PatchedTokenizer:
             return list(found.ids), list(found.offsets)
         merged = self._merger.traced(found.ids)
         spans: list[tuple[int, int]] = []
-        for index, parts in itertools.groupby(zip(merged.origins, merged.pieces, strict=True), key=lambda pair: pair[0]):
+        by_origin = zip(merged.origins, merged.pieces, strict=True)
+        for index, parts in itertools.groupby(by_origin, key=lambda pair: pair[0]):
             spans += _divide(text, found.offsets[index], [self._piece_bytes(piece) for _, piece in parts])
         bounds = itertools.pairwise([*merged.starts, len(spans)])
         offsets = [(spans[start][0], spans[end - 1][1]) for start, end in bounds]
