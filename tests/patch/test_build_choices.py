@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from engine.patching import select
+from engine.patching.appended import Words, learn_merges
 from engine.patching.artefact import allocate
 from engine.patching.base import load_base
 from engine.patching.corpus import TokenStream
@@ -252,3 +253,31 @@ def test_statistics_follow_their_formulas() -> None:
     assert stats["tokens_per_char_before"] == 0.25 and stats["tokens_per_char_after"] == round(132 / 640, 6)
     assert statistics(base, patched, base * 4, 5, "ab") == stats
     assert statistics(base[:0], patched[:0], base[:0], 1, "") == {"documents": 0}
+
+
+def words_of(*counted: tuple[list[int], int]) -> Words:
+    """Words with how often each occurs."""
+    words = Words()
+    for ids, count in counted:
+        ends = np.zeros(len(ids) * count, bool)
+        ends[len(ids) - 1::len(ids)] = True
+        words.add(np.array(ids * count, np.uint32), ends)
+    return words
+
+
+def test_merges_make_new_spellings_only_and_stay_inside_words() -> None:
+    """A pair that spells a token of the base is left alone (its merge could set earlier rules off again), as are pairs
+    across words, unusable ids, and a word's beginning on the right."""
+    strings = ("a", "b", "c", "bc", "x", " d")
+    joins = Joins(np.array([True, True, True, True, False, True]), np.array([False] * 5 + [True]))
+    words = words_of(([0, 1, 2], 5), ([1, 2], 90), ([0, 4], 50), ([0, 5], 50), ([0], 70), ([1, 0, 0, 0, 0, 0], 2))
+    found = [(merge.left, merge.right, merge.saving) for merge in learn_merges(words, joins, strings, 9, 3)]
+    assert found == [(0, 1, 5), (6, 2, 5), (0, 0, 4), (1, 8, 2), (8, 0, 2)]
+    assert [merge.right for merge in learn_merges(words, joins, strings, 9, 2)] == [1, 0]
+
+
+def test_words_are_counted_whatever_the_batches() -> None:
+    """The same words in one call or many."""
+    once, often = words_of(([3, 4], 7), ([3, 4, 5], 2)), words_of(*[([3, 4], 1)] * 7, *[([3, 4, 5], 1)] * 2)
+    assert [(row.tolist(), count) for row, count in once.rows()] == [([3, 4], 7), ([3, 4, 5], 2)]
+    assert [(row.tolist(), count) for row, count in often.rows()] == [([3, 4], 7), ([3, 4, 5], 2)]
