@@ -67,7 +67,7 @@ def collect_words(batches: Iterable[Sequence[str]], backend: Any, progress: Call
         for encoding in backend.encode_batch(list(batch), add_special_tokens=False):
             row = np.array(encoding.ids, np.uint32)
             number = np.array([-1 if word is None else word for word in encoding.word_ids], np.int64)
-            last = np.ones(len(row), bool)
+            last: Any = np.ones(len(row), bool)
             last[:-1] = number[1:] != number[:-1]
             ids.append(row)
             ends.append(last)
@@ -101,7 +101,7 @@ class _Training:
         rows = list(words.rows())
         lengths = np.array([len(row) for row, _ in rows], np.int64)
         self._ids = np.concatenate([np.zeros(0, np.int64), *(row for row, _ in rows)])
-        self._weight = np.repeat(np.array([count for _, count in rows], np.int64), lengths)
+        self._weight: Any = np.repeat(np.array([count for _, count in rows], np.int64), lengths)
         size = len(self._ids)
         self._next = np.arange(1, size + 1)
         self._before = np.arange(-1, size - 1)
@@ -180,7 +180,7 @@ class _Training:
             return
         firsts = np.flatnonzero(np.concatenate(([True], keys[1:] != keys[:-1])))
         totals = np.add.reduceat(self._weight[places], firsts)
-        lasts = np.append(firsts[1:], len(keys))
+        lasts: Any = np.append(firsts[1:], len(keys))
         often = totals >= LEAST_SAVING
         for first, last, total in zip(firsts[often].tolist(), lasts[often].tolist(), totals[often].tolist()):
             left, right = divmod(int(keys[first]), 1 << 32)

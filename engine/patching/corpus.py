@@ -119,7 +119,7 @@ def _stem(path: Path) -> str:
 
 
 def _documents_of(file: Path, documents: str, field: str) -> Iterator[str]:
-    raw: IO[bytes] = gzip.open(file, "rb") if file.name.lower().endswith(".gz") else file.open("rb")  # noqa: SIM115
+    raw: Any = gzip.open(file, "rb") if file.name.lower().endswith(".gz") else file.open("rb")  # noqa: SIM115
     with raw, io.TextIOWrapper(raw, encoding="utf-8", newline=None) as lines:
         if _stem(file).endswith((".jsonl", ".ndjson")):
             yield from _json_lines(lines, file, field)
@@ -220,14 +220,14 @@ class Deduplicator:
 def sketches(batch: Sequence[Any]) -> Any:
     """(documents, BINS) uint64: the least hash in each bin of a document's shingles; all ones where there is none,
     and for documents of fewer than MIN_SHINGLES shingles (an estimate from them would be noise)."""
-    table = np.full((len(batch), BINS), _EMPTY, np.uint64)
+    table: Any = np.full((len(batch), BINS), _EMPTY, np.uint64)
     for row, ids in enumerate(batch):
         count = len(ids) - SHINGLE_TOKENS + 1
         if count < MIN_SHINGLES:
             continue
         mixed = (np.asarray(ids, np.uint64) + np.uint64(1)) * np.uint64(_ODD)
         mixed ^= mixed >> np.uint64(29)
-        value = np.zeros(count, np.uint64)
+        value: Any = np.zeros(count, np.uint64)
         for shift in range(SHINGLE_TOKENS):
             value = value * np.uint64(0x100000001B3) + mixed[shift:shift + count]
         value ^= value >> np.uint64(31)

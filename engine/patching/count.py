@@ -89,13 +89,13 @@ class _Keys:
 
     def _pairs(self, first: int, last: int) -> tuple[Any, Any]:
         ids = np.asarray(self._ids[first:last + 1])
-        valid = np.zeros(last - first, bool)
+        valid: Any = np.zeros(last - first, bool)
         usable = self._joins.usable[ids]
         inner = len(ids) - 1
         valid[:inner] = usable[:-1] & usable[1:] & ~self._begins[first + 1:first + 1 + inner]
         if self._joins.opens is not None:
             valid[:inner] &= ~self._joins.opens[ids[1:]]
-        keys = np.zeros(last - first, np.uint64)
+        keys: Any = np.zeros(last - first, np.uint64)
         keys[:inner] = (ids[:-1].astype(np.uint64) << _SHIFT) | ids[1:]
         return keys, valid
 
@@ -103,8 +103,8 @@ class _Keys:
         assert self._below is not None
         numbers = np.asarray(self._below.at[first:last + 1])
         ends = np.asarray(self._ids[first + self._n - 1:last + self._n - 1])
-        keys = np.zeros(last - first, np.uint64)
-        valid = np.zeros(last - first, bool)
+        keys: Any = np.zeros(last - first, np.uint64)
+        valid: Any = np.zeros(last - first, bool)
         inner = min(len(ends), len(numbers) - 1)
         valid[:inner] = (numbers[:inner] != NONE) & (numbers[1:inner + 1] != NONE)
         keys[:inner] = (numbers[:inner].astype(np.uint64) << _SHIFT) | ends[:inner]
@@ -171,7 +171,7 @@ def merge(runs: list[tuple[Any, Any]], min_count: int, budget_entries: int = MER
 
 def _number(keys: Any, valid: Any, kept: Any) -> Any:
     """(M,) uint32: the number of each key among the kept ones, NONE where it is not."""
-    numbers = np.full(len(keys), NONE, np.uint32)
+    numbers: Any = np.full(len(keys), NONE, np.uint32)
     if not len(kept):
         return numbers
     where = np.flatnonzero(valid)
@@ -200,7 +200,7 @@ def positions_of(level: Level, wanted: Any, path: Path, progress: Progress | Non
     total = int(offsets[-1])
     path.unlink(missing_ok=True)
     places = np.asarray(np.memmap(path, np.int64, "w+", shape=(total,))) if total else np.zeros(0, np.int64)
-    group = np.full(len(level.counts) + 1, -1, np.int64)  # the last entry stands for NONE
+    group: Any = np.full(len(level.counts) + 1, -1, np.int64)  # the last entry stands for NONE
     group[wanted] = np.arange(len(wanted))
     cursor = offsets[:-1].copy()
     for first in range(0, len(level.at), chunk_tokens):

@@ -114,15 +114,15 @@ class _Removals:
 
 def expand(ids: Any, parts: Mapping[int, tuple[int, ...]], vocab_size: int) -> tuple[Any, Any]:
     """Take the removed tokens in a row of ids apart. ids: (N,). Returns (ids (M,) uint32, lengths (N,) int64)."""
-    length = np.ones(vocab_size, np.int64)
+    length: Any = np.ones(vocab_size, np.int64)
     for token, spelled in parts.items():
         length[token] = len(spelled)
     lengths = length[ids]
     if int(lengths.max(initial=1)) == 1:
         return np.asarray(ids, np.uint32), lengths
-    offsets = np.zeros(vocab_size, np.int64)
+    offsets: Any = np.zeros(vocab_size, np.int64)
     offsets[:] = np.cumsum(length) - length
-    table = np.repeat(np.arange(vocab_size, dtype=np.uint32), length)
+    table: Any = np.repeat(np.arange(vocab_size, dtype=np.uint32), length)
     for token, spelled in parts.items():
         table[offsets[token]:offsets[token] + len(spelled)] = spelled
     within = np.arange(int(lengths.sum())) - np.repeat(np.cumsum(lengths) - lengths, lengths)

@@ -26,7 +26,7 @@ class Matcher:
     """n-grams as a trie in sorted arrays: the longest that begins at every position, all positions at once."""
 
     def __init__(self, ngrams: Sequence[tuple[int, ...]], vocab_size: int) -> None:
-        self._firsts = np.zeros(vocab_size, bool)
+        self._firsts: Any = np.zeros(vocab_size, bool)
         self._firsts[[ngram[0] for ngram in ngrams]] = True
         self._keys: list[Any] = []  # level n - 2: sorted (number of the prefix << 32 | id)
         self._ends: list[Any] = []  # and the n-gram that ends there, -1 = none
@@ -45,8 +45,8 @@ class Matcher:
 
         ids: (N,) uint32; begins: (N,) bool, positions that a match may begin at but not run across.
         """
-        lengths = np.ones(len(ids), np.uint8)
-        found = np.full(len(ids), -1, np.int32)
+        lengths: Any = np.ones(len(ids), np.uint8)
+        found: Any = np.full(len(ids), -1, np.int32)
         at = np.flatnonzero(self._firsts[ids])
         node = ids[at].astype(np.uint64)
         for level, (keys, ends) in enumerate(zip(self._keys, self._ends)):
@@ -83,17 +83,17 @@ def measure(stream: TokenStream, removed: Mapping[int, tuple[int, ...]], ngrams:
     """Encode a stream of base ids with a patched vocabulary and count."""
     matcher = Matcher(ngrams, vocab_size)
     base = np.diff(stream.starts)
-    patched = np.zeros(stream.documents, np.int64)
-    uses = np.zeros(len(ngrams), np.int64)
+    patched: Any = np.zeros(stream.documents, np.int64)
+    uses: Any = np.zeros(len(ngrams), np.int64)
     for first, last in document_chunks(stream.starts, chunk_tokens):
         low, high = int(stream.starts[first]), int(stream.starts[last])
         ids, lengths = expand(np.asarray(stream.ids[low:high]), removed, vocab_size)
         ends = np.concatenate(([0], np.cumsum(lengths)))
         starts = ends[stream.starts[first:last + 1] - low]
-        begins = np.zeros(len(ids) + 1, bool)
+        begins: Any = np.zeros(len(ids) + 1, bool)
         begins[starts] = True
         steps, found = matcher.longest(ids, begins)
-        taken = np.zeros(len(ids), bool)
+        taken: Any = np.zeros(len(ids), bool)
         taken[_walk(steps)] = True
         patched[first:last] = np.diff(np.concatenate(([0], np.cumsum(taken)))[starts])
         matched = found[taken]
@@ -114,7 +114,7 @@ def document_chunks(starts: Any, chunk_tokens: int) -> Iterable[tuple[int, int]]
 def _walk(steps: Any) -> Any:
     """Positions visited from 0 when each position says how far the next one is."""
     jumps = steps.tobytes()
-    visited = []
+    visited: list[int] = []
     place, size = 0, len(jumps)
     note = visited.append
     while place < size:
@@ -156,14 +156,14 @@ def _bootstrap(base: Any, patched: Any, resamples: int) -> tuple[float, float]:
     for draw in range(resamples):
         chosen = generator.integers(0, len(base), len(base))
         ratios[draw] = patched[chosen].sum() / base[chosen].sum()
-    low, high = np.quantile(ratios, [0.025, 0.975])
-    return float(low), float(high)
+    interval: Any = np.quantile(ratios, [0.025, 0.975])
+    return float(interval[0]), float(interval[1])
 
 
 def table(domains: Mapping[str, Mapping[str, Any]]) -> str:
     """The statistics as lines of text, one domain a line."""
     titles = ("domain", "documents", "tokens/char before", "after", "rho [95 % CI]", "q50", "q95", "q99", "max")
-    lines = [titles]
+    lines: list[tuple[str, ...]] = [titles]
     for name, stats in domains.items():
         if not stats.get("documents"):
             lines.append((name, "0", *[""] * 7))

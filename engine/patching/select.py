@@ -74,7 +74,7 @@ def select_ngrams(stream: TokenStream, joins: Joins, count: int, max_n: int, fol
 def _pool(levels: list[Level], size: int, accept: Callable[[Ngram], bool], unseen: int) -> _Pool:
     """The `size` accepted candidates with the highest bounds, and all that equal the last of them."""
     bounds = np.concatenate([level.counts * (level.tokens.shape[1] - 1) for level in levels])
-    owner = np.repeat(np.arange(len(levels)), [len(level.counts) for level in levels])
+    owner: Any = np.repeat(np.arange(len(levels)), [len(level.counts) for level in levels])
     number = np.concatenate([np.arange(len(level.counts)) for level in levels])
     which: list[tuple[int, int]] = []
     ngrams: list[Ngram] = []
