@@ -27,7 +27,7 @@ from setuptools.command.build_ext import build_ext
 HERE = Path(__file__).resolve().parent
 VERSIONS = tomllib.loads((HERE / "requirements" / "versions.toml").read_text(encoding="utf-8"))
 EXTENSIONS = {"vattention_ext._native": "vattention_ext/csrc", "tessera_kernels._cpu": "kernels/cpu"}
-EXTRAS = ("cpu", "cuda", "hub", "test", "bench")
+EXTRAS = ("cpu", "cuda", "hub", "train", "test", "bench")
 COMPILE_FLAGS = [
     "-std=c++17", "-O3", "-fvisibility=hidden", "-fPIC", "-pthread", "-DNDEBUG", "-DNB_COMPACT_ASSERTIONS",
     "-Wall", "-Wextra",
@@ -44,7 +44,7 @@ def requirements(section: str) -> list[str]:
 def extras() -> dict[str, list[str]]:
     """The extras; `dev` is everything a contributor on a CPU needs."""
     named = {name: requirements(name) for name in EXTRAS}
-    named["dev"] = sorted({*named["cpu"], *named["test"], *named["bench"], *requirements("build")})
+    named["dev"] = sorted({*named["cpu"], *named["train"], *named["test"], *named["bench"], *requirements("build")})
     return named
 
 

@@ -18,7 +18,8 @@ def render(variant: str) -> str:
     """The text of one file. variant: "cpu" | "cuda"."""
     versions = tomllib.loads((ROOT / "requirements" / "versions.toml").read_text(encoding="utf-8"))
     other = next(name for name, its in FILES.items() if its != variant)
-    wanted = {**versions["core"], **versions[variant], **versions["test"], **versions["bench"], **versions["build"]}
+    sections = ("core", variant, "train", "test", "bench", "build")
+    wanted = {name: spec for section in sections for name, spec in versions[section].items()}
     what = {"cpu": "CPU", "cuda": "CUDA"}
     lines = [
         "# Written by `make environment` from requirements/versions.toml; change that file instead.",

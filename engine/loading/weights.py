@@ -51,6 +51,11 @@ class WeightSource:
         """Stored dtype as safetensors spells it (BF16, F16, F32, ...). Raises LoadError for an unknown name."""
         return self._info(name).dtype
 
+    def file_of(self, name: str) -> Path:
+        """The file that holds a tensor. Raises LoadError for an unknown name."""
+        self._info(name)
+        return self._files[name]
+
     def get(self, name: str) -> torch.Tensor:
         """The tensor, in its stored dtype, on the CPU. Raises LoadError naming tensor and file."""
         self._info(name)

@@ -14,11 +14,11 @@ from typing import Any
 
 import tokenizers
 
-from engine.core.errors import ConfigError, LoadError, RequestError
+from engine.core.errors import LoadError, RequestError
 from engine.tokenization.byte_table import build_table
 from engine.tokenization.chat import ChatTemplate, find_template
 from engine.tokenization.jsonfile import parse_object, read_bytes, read_optional_object
-from engine.tokenization.vocabulary import PieceTable
+from engine.tokenization.vocabulary import PieceTable, Tokenizer
 
 MAX_TOKENIZER_BYTES = 256 << 20
 NAMED_SPECIALS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -56,11 +56,7 @@ class HfTokenizer:
     def encode_batch(self, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
         """encode of each. The library uses all cores unless TOKENIZERS_PARALLELISM forbids it."""
         for text in texts:
-            try:
-                text.encode("utf-8")
-            except UnicodeEncodeError as error:
-                raise RequestError(f"the text has a lone surrogate at character {error.start}, which is not valid "
-                                   "Unicode; send the whole character", "prompt") from None
+            check_unicode(text)
         if len(texts) == 1:
             return [self._backend.encode(texts[0], add_special_tokens=add_special_tokens).ids]
         encoded = self._backend.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
@@ -70,6 +66,20 @@ class HfTokenizer:
         """Text of ids; ids the vocabulary does not have stand for nothing."""
         known = [token for token in ids if 0 <= token < self.vocab_size]
         return str(self._backend.decode(known, skip_special_tokens=skip_special_tokens))
+
+    @property
+    def backend(self) -> tokenizers.Tokenizer:
+        """The library's object; not to be changed."""
+        return self._backend
+
+    @property
+    def chat(self) -> ChatTemplate | None:
+        """The compiled chat template."""
+        return self._chat
+
+    def vocab(self) -> dict[str, int]:
+        """Spelling in the vocabulary -> id, added tokens included."""
+        return dict(self._backend.get_vocab(with_added_tokens=True))
 
     def token_bytes(self, token: int) -> bytes:
         """Bytes an id stands for; b"" for special and unknown ids."""
@@ -86,14 +96,32 @@ class HfTokenizer:
         return self._chat.render(messages, add_generation_prompt)
 
 
-def load_tokenizer(path_or_name: str | Path, patch: object | None = None) -> HfTokenizer:
+def check_unicode(text: str) -> None:
+    """Raises RequestError for a text that is not valid Unicode."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise RequestError(f"the text has a lone surrogate at character {error.start}, which is not valid "
+                           "Unicode; send the whole character", "prompt") from None
+
+
+def load_tokenizer(path_or_name: str | Path, patch: str | Path | None = None) -> Tokenizer:
     """The tokenizer of a model folder (or of the folder that holds the given tokenizer.json).
 
-    patch: reserved for a patched vocabulary; anything but None is a ConfigError.
-    Raises LoadError, one line, naming file and reason.
+    patch: the folder of a patched vocabulary (docs/vocabularies.md) for that tokenizer; None = the one inside the
+    model folder, if there is one. Raises LoadError, one line, naming file and reason.
     """
-    if patch is not None:
-        raise ConfigError("a vocabulary patch is not supported in this version; leave it out")
+    path = Path(path_or_name).expanduser()
+    own = (path.parent if path.is_file() else path) / "patch"
+    if patch is None and not (own / "patch.json").is_file():
+        return load_base_tokenizer(path)[0]
+    from engine.tokenization.patched import load_patched  # numpy is imported only where it is needed
+
+    return load_patched(path, own if patch is None else Path(patch).expanduser())
+
+
+def load_base_tokenizer(path_or_name: str | Path) -> tuple[HfTokenizer, dict[str, Any]]:
+    """The tokenizer without any patch, and its tokenizer.json. Raises LoadError as load_tokenizer does."""
     path = Path(path_or_name).expanduser()
     folder = path.parent if path.is_file() else path
     if not folder.is_dir():
@@ -107,7 +135,7 @@ def load_tokenizer(path_or_name: str | Path, patch: object | None = None) -> HfT
     table = build_table(backend, definition, str(file))
     template = find_template(folder, config)
     chat = ChatTemplate(template, named, str(folder)) if template is not None else None
-    return HfTokenizer(backend, table, named, chat, *_text_ends(folder, backend, named))
+    return HfTokenizer(backend, table, named, chat, *_text_ends(folder, backend, named)), definition
 
 
 def _backend(file: Path) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
@@ -163,19 +191,24 @@ def _mark_special(backend: tokenizers.Tokenizer, config: Mapping[str, Any], name
 def _text_ends(folder: Path, backend: tokenizers.Tokenizer, named: Mapping[str, str]
                ) -> tuple[int | None, tuple[int, ...]]:
     """(bos id, eos ids): generation_config.json, then config.json, then the tokenizer's own names."""
-    generation = read_optional_object(folder / "generation_config.json")
-    config = read_optional_object(folder / "config.json")
     size = backend.get_vocab_size(with_added_tokens=True)
     found: dict[str, tuple[int, ...]] = {}
+    for key, ids in configured_ends(folder, size).items():
+        own = backend.token_to_id(named[key]) if key in named else None
+        found[key] = ids or (() if own is None else (own,))
+    return next(iter(found["bos_token"]), None), found["eos_token"]
+
+
+def configured_ends(folder: Path, size: int) -> dict[str, tuple[int, ...]]:
+    """bos_token and eos_token -> ids below size, from generation_config.json, then config.json; () = in neither."""
+    sources = [read_optional_object(folder / name) for name in ("generation_config.json", "config.json")]
+    found: dict[str, tuple[int, ...]] = {}
     for key in ("bos_token", "eos_token"):
-        for source in (generation, config):
+        found[key] = ()
+        for source in sources:
             value = source.get(f"{key}_id")
             listed = value if isinstance(value, list) else [value]
-            ids = tuple(dict.fromkeys(token for token in listed if type(token) is int and 0 <= token < size))
-            if ids:
+            found[key] = tuple(dict.fromkeys(token for token in listed if type(token) is int and 0 <= token < size))
+            if found[key]:
                 break
-        else:
-            own = backend.token_to_id(named[key]) if key in named else None
-            ids = () if own is None else (own,)
-        found[key] = ids
-    return next(iter(found["bos_token"]), None), found["eos_token"]
+    return found

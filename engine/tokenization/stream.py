@@ -130,7 +130,16 @@ class Detokenizer:
         piece = self._pieces[token]
         if not self._table.byte_runs:
             self._settle(self._utf8.decode(piece), armed)
-        elif token in self._table.byte_ids:
+        elif token in self._table.mixed:
+            for part, is_byte in self._table.mixed[token]:
+                if self._stopped is None:
+                    self._add_part(part, is_byte, armed)
+        else:
+            self._add_part(piece, token in self._table.byte_ids, armed)
+
+    def _add_part(self, piece: bytes, is_byte: bool, armed: bool) -> None:
+        """A piece of a vocabulary with byte runs."""
+        if is_byte:
             self._extend_run(piece, armed)
         else:
             self._end_run(armed)

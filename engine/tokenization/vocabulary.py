@@ -19,7 +19,8 @@ class PieceTable:
     decoded as one UTF-8 text, each maximal invalid part becoming U+FFFD (byte-level BPE). True = only `byte_ids`
     are bytes: a run of them is UTF-8 or else one U+FFFD for each of them, everything else is text already
     (SentencePiece with byte fallback). strip: that many leading `strip_text` characters of a whole text are dropped
-    (SentencePiece's dummy prefix). special_ids: ids that skip_special_tokens leaves out.
+    (SentencePiece's dummy prefix). special_ids: ids that skip_special_tokens leaves out. mixed: with byte_runs, an id
+    that stands for several pieces of which some are bytes -> (bytes, is a byte) of each; it is in no byte_ids.
     """
 
     pieces: Sequence[bytes]
@@ -28,6 +29,7 @@ class PieceTable:
     byte_ids: frozenset[int] = field(default=frozenset())
     strip: int = 0
     strip_text: str = " "
+    mixed: Mapping[int, Sequence[tuple[bytes, bool]]] = field(default_factory=dict)
 
     def piece(self, token: int) -> bytes:
         """Bytes of an id, special or not; b"" for one the vocabulary does not have (padding rows of a model)."""

@@ -63,7 +63,7 @@ def test_code_from_data_is_found(tmp_path: Path, source: str) -> None:
         ("engine/core/clock.py", "import time\ntime.time()\ntime.monotonic()"),
         ("engine/core/config.py", "import os\nos.environ.get('A')"),
         ("scripts/a.py", "import time, os\ntime.perf_counter()\nos.environ['A']"),
-        ("engine/tokenization/import_upstream.py", "import pickle"),
+        ("engine/patching/upstream.py", "import pickle"),
     ],
 )
 def test_innocent_code_passes(tmp_path: Path, path: str, source: str) -> None:

@@ -42,7 +42,7 @@ def required(metadata: str, extra: str | None) -> dict[str, str]:
     return found
 
 
-@pytest.mark.parametrize("section", ["core", "cpu", "cuda", "hub", "test", "bench"])
+@pytest.mark.parametrize("section", ["core", "cpu", "cuda", "hub", "train", "test", "bench"])
 def test_setup_py_takes_its_requirements_from_there(metadata: str, versions: dict[str, Any], section: str) -> None:
     """install_requires and every extra."""
     assert required(metadata, None if section == "core" else section) == versions[section]
@@ -83,7 +83,7 @@ OURS = {"engine", "tessera_kernels", "vattention_ext"}
 
 
 def test_every_import_of_the_packages_is_a_requirement(root: Path, versions: dict[str, Any]) -> None:
-    """What the wheel imports, pip installs with it (or by the extra `hub`); nothing comes along by luck."""
+    """What the wheel imports, pip installs with it (or by the extras `hub` and `train`); nothing comes by luck."""
     tree = Tree(root)
     imported = {
         target.partition(".")[0]
@@ -93,5 +93,6 @@ def test_every_import_of_the_packages_is_a_requirement(root: Path, versions: dic
     outside = {name for name in imported if name not in sys.stdlib_module_names} - OURS
     required = {DISTRIBUTIONS.get(name, name) for name in outside}
     assert "torch" in required
-    assert required - {*versions["core"], *versions["hub"], *versions["cuda"]} == set()
+    extras = {name for extra in ("hub", "cuda", "train") for name in versions[extra]}
+    assert required - {*versions["core"]} - extras == set()
     assert set(versions["core"]) - required == set()  # and nothing is installed for nobody

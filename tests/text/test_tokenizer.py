@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.core.errors import ConfigError, LoadError, RequestError
+from engine.core.errors import LoadError, RequestError
 from engine.tokenization import HfTokenizer, load_tokenizer
 from engine.tokenization.byte_table import byte_of_char
 from tests.models import TINY_VOCAB, write_tiny_tokenizer
@@ -124,9 +124,7 @@ def test_special_only_by_configuration(tmp_path: Path) -> None:
 
 
 def test_refusals_name_the_fix(tmp_path: Path, tiny: HfTokenizer) -> None:
-    """A patch, a missing folder or file, a lone surrogate: typed errors that say what to do."""
-    with pytest.raises(ConfigError, match="not supported in this version"):
-        load_tokenizer(tmp_path, patch=object())
+    """A missing folder or file, a lone surrogate: typed errors that say what to do."""
     with pytest.raises(LoadError, match=r"give the folder with tokenizer\.json"):
         load_tokenizer(tmp_path / "nowhere")
     with pytest.raises(LoadError, match=r"needs tokenizer\.json"):
