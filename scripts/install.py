@@ -21,7 +21,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent.parent
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 CPU_INDEX_TIMEOUT_S = 3.0
-EXTRAS = {"serve": ("cpu",), "test": ("cpu", "test")}
+EXTRAS = {"serve": ("cpu",), "test": ("cpu", "test", "train")}
 
 
 def missing_tools(need_venv: bool) -> list[str]:
