@@ -69,7 +69,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     for part, documents in (("train", found.train), ("held-out", found.held_out)):
         path = args.out / f"{args.domain}.{part}.jsonl"
-        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents), encoding="utf-8")
+        write_texts(path, documents)
         print(f"{path}: {len(documents)} documents, {sum(map(len, documents))} characters")
     print(f"left out: {found.copies} copies, {found.short} of fewer than {LEAST_WORDS} words. Licence of the texts: "
           f"{source.licence}")
@@ -179,6 +179,21 @@ def shingles(text: str) -> set[int]:
     words = re.findall(r"\w+", text.lower())
     rows = (" ".join(words[at : at + SHINGLE_WORDS]) for at in range(max(1, len(words) - SHINGLE_WORDS + 1)))
     return {int.from_bytes(hashlib.blake2b(row.encode(), digest_size=8).digest(), "little") for row in rows}
+
+
+def choose(texts: Iterable[str], limit_bytes: int) -> Iterator[str]:
+    """Documents in an order that only their texts decide, up to about limit_bytes of UTF-8."""
+    total = 0
+    for text in sorted(texts, key=lambda text: hashlib.blake2b(text.encode(), digest_size=8).digest()):
+        if total >= limit_bytes:
+            break
+        total += len(text.encode())
+        yield text
+
+
+def write_texts(path: Path, texts: Iterable[str]) -> None:
+    """One {"text": ...} a line."""
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -9,23 +9,33 @@ served, KV bytes a character, samples. What is in DIR already is not made again;
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from engine.core.errors import ConfigError
 from engine.loading.resolve import resolve_model
 from engine.patching.corpus import read_documents
+from scripts.corpora import choose, write_texts
+from scripts.vocabulary_figures import figures
 
 DOMAINS = ("medical", "legal")
 STAGES = ("corpus", "build", "train", "measure")
-WATCH_BYTES = 80_000
-"""Held-out text of which the bits per byte are followed while training."""
+WATCH_BYTES, SCORED_BYTES = 80_000, 200_000
+"""Held-out text of which the bits per byte are followed while training, and are measured in the end."""
+
+OPENINGS = {
+    "medical": ("Patients with chronic heart failure were randomly assigned to",
+                "We investigated the effect of the inhibitor on the growth of",
+                "The aim of this study was to determine whether"),
+    "legal": ("The licensor grants you a non-exclusive licence to",
+              "In no event shall the authors be liable for",
+              "You may distribute copies of the modified work provided that"),
+}  # fmt: skip
+"""Beginnings of our own, for the samples."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,27 +123,14 @@ def train(folder: Folder, base: Path, args: argparse.Namespace) -> None:
 
 def measure(folder: Folder, base: Path, args: argparse.Namespace) -> None:
     """Every figure, each model in a process of its own, into one JSON file."""
-    from scripts.vocabulary_figures import figures
-
-    found = figures(folder, base, args.device)
+    models = {"untouched": base, "plain, tuned": folder.model("plain"), "patched, not tuned": folder.applied,
+              "patched, tuned": folder.model("patched")}  # fmt: skip
+    vocabulary = json.loads((folder.vocabulary / "report.json").read_text("utf-8"))
+    held_out = list(choose(read_documents([folder.texts("held-out")]), SCORED_BYTES))
+    found = {"vocabulary": vocabulary, **figures(models, held_out, OPENINGS[folder.domain], args.device)}
     out = args.out or folder.work / f"{folder.domain}-{args.device}.json"
     out.write_text(json.dumps({"workload": f"adaptivocab-{folder.domain}", **found}, indent=1) + "\n", "utf-8")
     print(f"written to {out}")
-
-
-def choose(texts: Iterable[str], limit_bytes: int) -> Iterator[str]:
-    """Documents in an order that only their texts decide, up to about limit_bytes of UTF-8."""
-    total = 0
-    for text in sorted(texts, key=lambda text: hashlib.blake2b(text.encode(), digest_size=8).digest()):
-        if total >= limit_bytes:
-            break
-        total += len(text.encode())
-        yield text
-
-
-def write_texts(path: Path, texts: Iterable[str]) -> None:
-    """One {"text": ...} a line."""
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
 
 
 def call(script: str, *words: object) -> None:

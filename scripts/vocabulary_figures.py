@@ -1,4 +1,4 @@
-"""The figures of the vocabulary experiment, of models that are there: `figures(folder, base, device)`.
+"""The figures of the vocabulary experiment, of models that are there: `figures(models, documents, ...)`.
 
 Bits per byte by document, so that two models are compared on the same texts; characters a second through the engine
 as its users run it; everything else is counting. It trains nothing and draws nothing.
@@ -9,54 +9,33 @@ from __future__ import annotations
 import json
 import statistics
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from engine.core.clock import MonotonicClock
 from engine.core.request import SamplingParams
-from engine.patching.corpus import read_documents
 from engine.tokenization import load_tokenizer
 from scripts.bench import machine
 
-if TYPE_CHECKING:
-    from scripts.vocabulary_experiment import Folder
-
-SCORED_BYTES = 200_000
 CONTEXT = 512
 REQUESTS, PROMPT_CHARS, ANSWER_CHARS, RUNS = 32, 600, 560, 5
 RESAMPLES = 2_000
-OPENINGS = {
-    "medical": ("Patients with chronic heart failure were randomly assigned to",
-                "We investigated the effect of the inhibitor on the growth of",
-                "The aim of this study was to determine whether"),
-    "legal": ("The licensor grants you a non-exclusive licence to",
-              "In no event shall the authors be liable for",
-              "You may distribute copies of the modified work provided that"),
-}  # fmt: skip
-"""Beginnings of our own, for the samples."""
 
-
-def figures(folder: Folder, base: Path, device: str) -> dict[str, Any]:
-    """tokens, bits per byte, serving, samples; see docs/experiments/adaptivocab.md for what each means."""
-    from scripts.vocabulary_experiment import choose
-
-    models = {"untouched": base, "plain, tuned": folder.model("plain"), "patched, not tuned": folder.applied,
-              "patched, tuned": folder.model("patched")}  # fmt: skip
-    documents = list(choose(read_documents([folder.texts("held-out")]), SCORED_BYTES))
+def figures(models: dict[str, Path], documents: list[str], openings: tuple[str, ...], device: str) -> dict[str, Any]:
+    """Bits per byte of every model, serving of the two tuned ones, samples; docs/experiments/adaptivocab.md says what
+    each means. models: "untouched", "plain, tuned", "patched, not tuned", "patched, tuned". documents: held out."""
     prompts = [text[:PROMPT_CHARS] for text in documents[:REQUESTS]]
+    tuned = {name: models[name] for name in ("plain, tuned", "patched, tuned")}
     scores = {name: score(path, documents, device) for name, path in models.items()}
-    served = serve({name: models[name] for name in ("plain, tuned", "patched, tuned")}, prompts, base, device)
-    vocabulary = json.loads((folder.vocabulary / "report.json").read_text("utf-8"))
     return {
         "machine": machine(),
         "device": device,
-        "vocabulary": vocabulary,
-        "training": {kind: training_facts(folder.model(kind)) for kind in ("plain", "patched")},
+        "training": {name: training_facts(path) for name, path in tuned.items()},
         "bits_per_byte": compare(scores, documents),
-        "serving": served,
-        "samples": {name: greedy(path, OPENINGS[folder.domain], device) for name, path in models.items()},
+        "serving": serve(tuned, prompts, models["untouched"], device),
+        "samples": {name: greedy(path, openings, device) for name, path in models.items()},
     }
 
 
