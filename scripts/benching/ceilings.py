@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from engine.core.clock import MonotonicClock
@@ -106,20 +107,22 @@ def measure_device(kind: str, dtype: str) -> Device:
     threads = torch.get_num_threads()
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     try:
-        source = torch.ones(COPY_BYTES[kind] // 4, dtype=torch.float32, device=kind)
-        target = torch.empty_like(source)
-        bytes_s = 2 * COPY_BYTES[kind] / least_call_s(lambda: target.copy_(source), kind, calls=5)
-        if kind == "cpu":
-            integers = source.view(torch.int64)
-            bytes_s = max(bytes_s, COPY_BYTES[kind] / least_call_s(lambda: integers.sum(), kind, calls=5))
-            del integers
-        del source, target
         name = torch.cuda.get_device_name() if kind == "cuda" else "cpu"
-        return Device(name, bytes_s, _product_flop_s(kind, getattr(torch, dtype)))
+        return Device(name, _bytes_s(kind), _product_flop_s(kind, getattr(torch, dtype)))
     finally:
         torch.set_num_threads(threads)
         if kind == "cuda":
             torch.cuda.empty_cache()  # the engine's to take
+
+
+def _bytes_s(kind: str) -> float:
+    """See Device."""
+    import torch
+
+    source = torch.ones(COPY_BYTES[kind] // 8, dtype=torch.int64, device=kind)
+    target = torch.empty_like(source)
+    copied = 2 * COPY_BYTES[kind] / least_call_s(lambda: target.copy_(source), kind, calls=5)
+    return copied if kind == "cuda" else max(copied, COPY_BYTES[kind] / least_call_s(source.sum, kind, calls=5))
 
 
 def _product_flop_s(kind: str, dtype: torch.dtype) -> float:
@@ -129,7 +132,7 @@ def _product_flop_s(kind: str, dtype: torch.dtype) -> float:
     size = 8192 if kind == "cuda" else 512
     while True:
         a, b = (torch.randn(size, size, device=kind).to(dtype) for _ in range(2))
-        seconds = least_call_s(lambda a=a, b=b: torch.mm(a, b), kind, calls=4)
+        seconds = least_call_s(partial(torch.mm, a, b), kind, calls=4)
         if seconds >= LONG_ENOUGH_S or size >= 8192:
             return 2.0 * size**3 / seconds
         size *= 2

@@ -7,7 +7,7 @@ nothing of text, HTTP or what a good result is.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from tqdm import tqdm
@@ -44,11 +44,10 @@ def run(
     *,
     seed: int = 0,
     label: str = "",
-    around_step: Callable[[], None] | None = None,
 ) -> Run:
     """Every request at its arrival, greedy, exactly its output tokens, to the end. label: of the progress bar.
 
-    around_step: called after each step (its time counts, so it must be short). Raises NotProduced.
+    Raises NotProduced.
     """
     prompts = random_prompts(workload, vocab, seed)
     before = engine.stats()
@@ -67,8 +66,6 @@ def run(
                 continue
             _step(engine, timelines, workload, seen, clock, start_s, bar)
             step_s.append(clock.now_s() - start_s - now_s)
-            if around_step is not None:
-                around_step()
         seconds = clock.now_s() - start_s
     _check(workload, timelines)
     after = engine.stats()

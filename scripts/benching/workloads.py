@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-SINGLE = re.compile(r"(\d+)x(\d+)\+(\d+)")
+SPELLED = re.compile(r"(\d+)x(\d+)\+(\d+)")
 
 
 class Item(NamedTuple):
@@ -106,7 +106,7 @@ def find(name: str, *, rate: float = 8.0, seconds: float = 20.0, requests: int =
     rate [requests/s] and seconds are online_mixed's. requests: only the first so many, 0 = all. shrink divides lengths.
     Raises ValueError that names what is known.
     """
-    found = SINGLE.fullmatch(name)
+    found = SPELLED.fullmatch(name)
     if rate <= 0 or seconds <= 0 or shrink < 1:
         raise ValueError(f"rate={rate:g}, seconds={seconds:g} and shrink={shrink} must be above 0")
     if found is not None and all(int(part) > 0 for part in found.groups()):

@@ -1,7 +1,8 @@
 """A peer for side-by-side runs: vLLM's CPU build, run by its own Python, driven over pipes.
 
 Reads one JSON line {"model", "prompts", "output_tokens" (of each prompt), "dtype", "max_model_len", ...}, answers
-{"ready": ...}; then every further line starts one timed run, answered by {"seconds", "output_tokens" (of all)}. It imports nothing of this project.
+{"ready": ...}; then every further line starts one timed run, answered by {"seconds", "output_tokens" (of all)}.
+It imports nothing of this project.
 """
 
 import json
