@@ -27,7 +27,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     """See --help."""
     add_model_flags(parser)
     add_workload_flags(parser, "online_mixed", online=True)
-    add_run_flags(parser, 1)
+    add_run_flags(parser, 3)
     parser.add_argument("--http", action="store_true", help="start the server and stream from it")
     parser.add_argument("--url", default=None, help="stream from the server at this address, say http://127.0.0.1:8000")
     parser.add_argument("--vocab", type=int, default=32000, help="with --url: prompt ids are below this [32000]")
