@@ -27,7 +27,7 @@ VERBS = ("create", "map", "allow", "unmap", "destroy")
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """See --help."""
     add_model_flags(parser)
-    add_workload_flags(parser, "16x32+128,16x1024+4")
+    add_workload_flags(parser, "16x32+128,8x512+4")
     add_run_flags(parser, 1)
     parser.add_argument("--pages", type=int, default=128, help="pages a run of the verbs takes [128]")
 

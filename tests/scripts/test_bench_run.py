@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+import engine
 from engine.core.loop import EngineLoop
+from engine.serve.cli import dispatch
 from scripts import bench
 from scripts.benching import attention, drive, engines, http_client, serve, startup
 from scripts.benching.ceilings import Device
@@ -57,13 +60,14 @@ def test_throughput_and_latency(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_serve_in_process_and_over_http_count_the_same_tokens(capsys: pytest.CaptureFixture[str]) -> None:
-    """The client sees an event for each token of a shape's vocabulary, in real time."""
+    """The client sees the tokens come, in real time; how many there were, the server says."""
     asked = ["--rate", "20", "--seconds", "0.5", "--shrink", "64"]
     (inside,) = figures_of(capsys, "serve", *TINY, *asked)
     (outside,) = figures_of(capsys, "serve", "--http", *TINY, *asked)
     assert (inside["variant"], outside["variant"]) == ("in process", "http")
     assert inside["details"]["output_tokens"] == outside["details"]["output_tokens"] == sum(inside["details"]["events"])
-    assert outside["details"]["events"][0] >= 0.5 * outside["details"]["output_tokens"], "most tokens are seen alone"
+    events, tokens = outside["details"]["events"][0], outside["details"]["output_tokens"]
+    assert outside["details"]["requests"] < events <= tokens  # fewer where this machine is busy: the server joins them
     for record in (inside, outside):
         found = medians(record)
         assert 0 < found["ttft_p50"] <= found["ttft_p99"] and 0 < found["tbt_p50"] <= found["tbt_max"]
@@ -112,6 +116,15 @@ def test_what_cannot_be_measured_is_one_line(
     assert bench.main(argv) == 2
     said = capsys.readouterr().err
     assert words in said and "Traceback" not in said
+
+
+def test_the_console_command_finds_the_checkout(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """`tessera bench` runs them from a checkout, and from a wheel says where they are."""
+    assert dispatch(["bench", "--help"]) == 0 and "throughput" in capfd.readouterr().out
+    monkeypatch.setattr(engine, "__file__", str(tmp_path / "engine" / "__init__.py"))
+    assert dispatch(["bench", "throughput"]) == 2 and "needs a checkout" in capfd.readouterr().err
 
 
 class TestDrive:
