@@ -43,6 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, rest = parser.parse_known_args(words[1:])
     args.command, args.argv = words[0], words[1:]
     try:
+        if getattr(args, "runs", 1) < 1:
+            raise ValueError(f"--runs {args.runs} must be at least 1")
         return int(module.run(args, rest))
     except (ConfigError, NotProduced, ValueError) as error:
         for line in str(error).split("\n"):

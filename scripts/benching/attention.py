@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from engine.core.clock import MonotonicClock
 from scripts.benching.ceilings import Device, measure_device
+from scripts.benching.drive import NotProduced
 from scripts.benching.figures import Figure, Record, finish
 from scripts.benching.options import add_run_flags, report_of, split_names
 from scripts.benching.shapes import SHAPES, write_folder
@@ -111,6 +112,8 @@ def run(args: argparse.Namespace, rest: Sequence[str]) -> int:
                     continue
                 report.records.append(record_of(work, f"{name} {layout}", seconds, spec, q.element_size(), device))
                 print(f"{work.name} {layout} {name}: {1e6 * min(seconds):,.1f} us", flush=True)
+    if not report.records:
+        raise NotProduced("no backend ran any of the work")
     report.records += twins(report.records)
     finish(report, args.json)
     return 0

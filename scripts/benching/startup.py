@@ -29,8 +29,6 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, rest: Sequence[str]) -> int:
     """Measure. Returns 0."""
-    if args.runs < 1:
-        raise ValueError(f"--runs {args.runs} must be at least 1")
     report = report_of(args)
     seconds: list[float] = []
     with model_flags(args) as (name, flags):

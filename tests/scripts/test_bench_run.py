@@ -61,11 +61,11 @@ def test_throughput_and_latency(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_serve_in_process_and_over_http_count_the_same_tokens(capsys: pytest.CaptureFixture[str]) -> None:
     """The client sees the tokens come, in real time; how many there were, the server says."""
-    asked = ["--rate", "20", "--seconds", "0.5", "--shrink", "64"]
+    asked = ["--rate", "20", "--seconds", "0.5", "--shrink", "32", "--runs", "1"]
     (inside,) = figures_of(capsys, "serve", *TINY, *asked)
     (outside,) = figures_of(capsys, "serve", "--http", *TINY, *asked)
     assert (inside["variant"], outside["variant"]) == ("in process", "http")
-    assert inside["details"]["output_tokens"] == outside["details"]["output_tokens"] == sum(inside["details"]["events"])
+    assert inside["details"]["output_tokens"] == outside["details"]["output_tokens"] == inside["details"]["events"][0]
     events, tokens = outside["details"]["events"][0], outside["details"]["output_tokens"]
     assert outside["details"]["requests"] < events <= tokens  # fewer where this machine is busy: the server joins them
     for record in (inside, outside):
