@@ -293,4 +293,5 @@ def build_engine(config: EngineConfig, *, kernels: str = "auto", progress: Progr
         depth=2 if resolved.device == "cuda" else 1,
         ahead=resolved.device == "cuda",
     )
-    return EngineLoop(scheduler, LocalExecutor(runner), executor_stats=runner.store.stats)
+    store = runner.store
+    return EngineLoop(scheduler, LocalExecutor(runner), executor_stats=store.stats, limit_memory=store.set_limit)

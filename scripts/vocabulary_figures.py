@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import statistics
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from tqdm import tqdm
 from engine.core.clock import MonotonicClock
 from engine.core.request import SamplingParams
 from engine.tokenization import load_tokenizer
-from scripts.bench import machine
+from scripts.benching.environment import environment
 
 CONTEXT = 512
 REQUESTS, PROMPT_CHARS, ANSWER_CHARS, RUNS = 32, 600, 560, 5
@@ -30,7 +31,7 @@ def figures(models: dict[str, Path], documents: list[str], openings: tuple[str, 
     tuned = {name: models[name] for name in ("plain, tuned", "patched, tuned")}
     scores = {name: score(path, documents, device) for name, path in models.items()}
     return {
-        "machine": machine(),
+        "environment": environment("vocabulary_experiment", sys.argv[1:]),
         "device": device,
         "training": {name: training_facts(path) for name, path in tuned.items()},
         "bits_per_byte": compare(scores, documents),

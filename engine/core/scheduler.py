@@ -150,6 +150,15 @@ class Scheduler:
         self._updates.append(Update(request_id, (), "abort"))
         return True
 
+    def resize_pool(self, groups: int) -> None:
+        """Another size of the pool, as of the next plan. What runs keeps its memory; where it needs more than there is,
+        the usual preemption makes room. Requests that could not fit any more are refused by add() from now on.
+
+        Raises ConfigError when a live request could then not finish with the pool to itself.
+        """
+        self.ledger.resize(groups, max((sequence.length_cap for sequence in self._live.values()), default=1))
+        self.length_limit = min(self.max_model_len, self.ledger.fit_tokens())
+
     def sequence(self, seq_id: int) -> Sequence | None:
         """A live sequence, to be looked at only."""
         return self._live.get(seq_id)

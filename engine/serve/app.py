@@ -18,7 +18,8 @@ import engine
 from engine.core.clock import wall_s
 from engine.serve import schema
 from engine.serve.body import read_json
-from engine.serve.errors import ApiError
+from engine.serve.engine_client import EngineFailed
+from engine.serve.errors import ApiError, shown
 from engine.serve.generation import ClientGone, Generation, Tools
 from engine.serve.guard import FAULT, Guard, Receive, Send, error_headers
 from engine.serve.openai_json import Shape, error_event
@@ -302,6 +303,31 @@ def _add_operations(app: FastAPI, services: Services, drain: Callable[[], None])
         async def admin_drain() -> Response:
             drain()
             return json_response({"status": "draining"})
+
+        @app.post("/admin/kv-limit")
+        async def admin_kv_limit(request: Request) -> Response:
+            return json_response(await _set_kv_limit(await read_json(request, services), services))
+
+
+async def _set_kv_limit(fields: dict[str, Any], services: Services) -> dict[str, int]:
+    """{"groups": n} or {"bytes": n}: how much KV memory may exist from now on. Bytes are rounded down to groups."""
+    _Model(services)
+    assert services.engine is not None and services.engine.facts is not None
+    facts = services.engine.facts
+    group_bytes = facts.page_bytes * facts.pages_per_group
+    name, value = next(iter(fields.items()), ("groups", None))
+    if len(fields) != 1 or name not in ("groups", "bytes"):
+        raise ApiError(400, "the body is one field: groups or bytes", name)
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 50:
+        raise ApiError(400, f"{name}={shown(value)} is not a whole number above 0", name)
+    groups = min(value if name == "groups" else value // group_bytes, 1 << 40)
+    try:
+        answer = await services.engine.set_kv_limit(groups)
+    except EngineFailed as error:
+        raise ApiError(503, f"{error}; try again later") from None
+    if answer.error is not None:
+        raise ApiError(answer.status, f"{answer.error} (a group is {group_bytes} bytes)", name)
+    return {"groups": groups, "bytes": groups * group_bytes, "in_use_groups": answer.in_use_groups}
 
 
 async def _answer_exception(request: Request, error: Exception) -> Response:

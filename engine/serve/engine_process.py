@@ -45,6 +45,7 @@ class Loop(Protocol):
     def has_work(self) -> bool: ...
     def add(self, request: Request) -> Any: ...
     def abort(self, request_id: str) -> Any: ...
+    def set_kv_limit(self, groups: int) -> int: ...
     def step(self) -> list[Update]: ...
     def stats(self) -> dict[str, Any]: ...
     def close(self) -> None: ...
@@ -154,6 +155,8 @@ class EngineService:
         elif isinstance(message, wire.Abort):
             for request_id in message.request_ids:
                 self._abort(request_id)
+        elif isinstance(message, wire.SetKvLimit):
+            self._send(self._set_kv_limit(message.groups))
         else:
             self._stopping = True
 
@@ -176,6 +179,17 @@ class EngineService:
             self.loop.abort(request_id)
         except Exception as error:
             self._count_failure("abort", error)
+
+    def _set_kv_limit(self, groups: int) -> wire.KvLimit:
+        try:
+            return wire.KvLimit(200, self.loop.set_kv_limit(groups))
+        except ConfigError as error:
+            return wire.KvLimit(400, error=str(error)[:4096])
+        except RequestError as error:
+            return wire.KvLimit(409, error=str(error)[:4096])
+        except Exception as error:
+            self._count_failure("set_kv_limit", error)
+            return wire.KvLimit(500, error="the engine failed to change the limit")
 
     def _step(self) -> None:
         self.step_started_s = self._clock.now_s()

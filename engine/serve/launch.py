@@ -268,7 +268,7 @@ def find_model(launch: Launch) -> Path:
     """The folder to serve; converts or downloads if need be, before there is a server. Raises LoadError."""
     from engine.loading.resolve import resolve_model
 
-    return resolve_model(launch.engine.model)
+    return resolve_model(launch.engine.model, weights=launch.engine.load_format != "dummy")
 
 
 def serve(launch: Launch, *, engine_command: Sequence[str] = ENGINE_COMMAND,

@@ -61,7 +61,7 @@ class LLM:
     """
 
     def __init__(self, model: str | None = None, **settings: Any) -> None:
-        path = resolve_model(model)
+        path = resolve_model(model, weights=settings.get("load_format") != "dummy")
         self.config = EngineConfig(model=str(path), **settings)
         self.spec = read_config(path)
         self.tokenizer = load_tokenizer(self.config.tokenizer or path)

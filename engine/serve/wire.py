@@ -59,11 +59,17 @@ class Abort(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="abort"
     request_ids: Annotated[list[Id], msgspec.Meta(max_length=1 << 16)]
 
 
+class SetKvLimit(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="set_kv_limit"):
+    """Let no more page groups exist than this; answered by KvLimit, in order."""
+
+    groups: Count
+
+
 class Shutdown(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="shutdown"):
     """Give everything back and exit 0."""
 
 
-ToEngine = Add | Abort | Shutdown
+ToEngine = Add | Abort | SetKvLimit | Shutdown
 
 
 class News(msgspec.Struct, frozen=True, forbid_unknown_fields=True, array_like=True):
@@ -96,7 +102,15 @@ class Stats(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="stats"
     values: Annotated[dict[str, float], msgspec.Meta(max_length=256)]
 
 
-FromEngine = Accepted | Batch | Stats
+class KvLimit(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="kv_limit"):
+    """What came of SetKvLimit. status: 200, 400 (out of range) or 409 (a live request may need more)."""
+
+    status: Annotated[int, msgspec.Meta(ge=200, le=599)]
+    in_use_groups: Count = 0
+    error: Note | None = None
+
+
+FromEngine = Accepted | Batch | Stats | KvLimit
 
 
 class EngineStart(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="start"):

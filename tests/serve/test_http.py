@@ -307,7 +307,8 @@ class TestKeys:
         """Also routes that do not exist: nobody learns what is there."""
         http = locked.client()
         for path in ("/v1/models", "/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize", "/version",
-                     "/v1/models/tiny", "/nothing", "/admin/drain", "/health/", "/health%2f", "/metrics"):
+                     "/v1/models/tiny", "/nothing", "/admin/drain", "/admin/kv-limit", "/health/", "/health%2f",
+                     "/metrics"):
             for method in ("GET", "POST", "OPTIONS"):
                 answer = http.request(method, path, json={"prompt": "x"})
                 assert answer.status_code == 401, (method, path)
@@ -359,6 +360,24 @@ class TestKeys:
         """Neither ours nor what a stranger tried."""
         locked.client().get("/v1/models", headers={"authorization": "Bearer tried-this-key"})
         assert not [word for word in ("first-key", "second-key", "admin-key", "tried-this") if word in locked.text()]
+
+    def test_the_kv_limit_is_an_admin_s(self, locked: Server) -> None:
+        """Groups, or bytes rounded down to groups; what is out of range is a 400, what live requests forbid a 409."""
+        http = locked.client(headers={"authorization": "Bearer admin-key"})
+        assert http.post("/admin/kv-limit", json={"groups": 7}).json() == {
+            "groups": 7, "bytes": 7 * 8192, "in_use_groups": 0}  # fmt: skip
+        assert http.post("/admin/kv-limit", json={"bytes": 5 * 8192 + 1}).json()["groups"] == 5
+        for body in ({"groups": 65}, {"groups": -1}, {"groups": 1.0}, {"groups": True}, {"bytes": "1GiB"}, {}, {"x": 1},
+                     {"groups": 1, "bytes": 1}, {"groups": 1 << 49}):  # fmt: skip
+            answer = http.post("/admin/kv-limit", json=body)
+            assert answer.status_code == 400 and answer.json()["error"]["message"], body
+        ask = {"prompt": [5, 6, 7], "max_tokens": 200, "stream": True, "ignore_eos": True}
+        api = locked.client(headers={"authorization": "Bearer first-key"})
+        with api.stream("POST", "/v1/completions", json=ask) as stream:
+            lines = stream.iter_lines()
+            assert next(lines).startswith("data: ")
+            answer = http.post("/admin/kv-limit", json={"groups": 0})
+            assert answer.status_code == 409 and answer.json()["error"]["code"] == "conflict"
 
     def test_admin_drain_is_sigterm(self, locked: Server) -> None:
         """The last test of this server: it ends with status 0."""
