@@ -67,7 +67,8 @@ class SamplingParams:
     n: samples of this prompt; each becomes one sequence.
     logprobs: None = none; k = with every token its logarithm of probability, and those of the k likeliest tokens, of
     the model's own distribution (before bias, temperature and filters).
-    logit_bias: id -> number in [-100, 100] added to that id's logit before sampling; kept as sorted pairs.
+    logit_bias: a mapping (kept as sorted pairs) of ids to numbers in [-100, 100], added to their logits before
+    sampling.
     Raises RequestError naming field, value and range.
     """
 
@@ -83,7 +84,7 @@ class SamplingParams:
     min_tokens: int = 0
     n: int = 1
     logprobs: int | None = None
-    logit_bias: Mapping[int, float] | tuple[tuple[int, float], ...] = ()
+    logit_bias: tuple[tuple[int, float], ...] = ()
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):

@@ -186,5 +186,6 @@ def _logprobs_of(launched: Launched) -> tuple[SampledLogprobs, ...]:
     for row, ids, values in zip(launched.watched, launched.top[0].tolist(), launched.top[1].tolist(), strict=True):
         chunk = launched.sampling[row]
         count = 1 + sum(token >= 0 for token in ids[1:])
-        found.append(SampledLogprobs(chunk.seq_id, chunk.epoch, TokenLogprobs(tuple(ids[:count]), tuple(values[:count]))))
+        told = TokenLogprobs(tuple(ids[:count]), tuple(values[:count]))
+        found.append(SampledLogprobs(chunk.seq_id, chunk.epoch, told))
     return tuple(found)

@@ -1,6 +1,7 @@
 """Chooses tokens from logits: bias, temperature, min-p, top-k, top-p, in that order; each row on its own.
 
-Logprobs are of the logits as the model gave them, and computed row by row as well. Randomness is a function of (request seed, output index) alone, so batching, preemption and order cannot shift it.
+Logprobs are of the logits as the model gave them, and computed row by row as well. Randomness is a function of
+(request seed, output index) alone, so batching, preemption and order cannot shift it.
 """
 
 from __future__ import annotations

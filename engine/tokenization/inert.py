@@ -37,7 +37,8 @@ class Inert:
         added = definition.get("added_tokens") or []
         nonce = secrets.token_hex(16)
         self.firm = frozenset(token["content"] for token in added if token["special"] and token["content"])
-        spelled = {token["content"] for token in added if _is_mark(token["content"]) and token["content"] in (template or "")}
+        marks = {token["content"] for token in added if _is_mark(token["content"])}
+        spelled = {text for text in marks if text in (template or "")}
         # Brackets, because some added tokens match only where no letter is beside them.
         self.names = {text: f"<{nonce}{number}>" for number, text in enumerate(sorted(self.firm | spelled))}
         self.pattern = re.compile("|".join(map(re.escape, sorted(self.names, key=len, reverse=True))) or r"(?!)")
@@ -83,8 +84,8 @@ def _rename(definition: dict[str, Any], names: dict[str, str], ids: dict[str, in
             if token < len(vocab):
                 vocab[token][0] = name
         return
-    used = {part for merge in model.get("merges", ()) for part in (merge if isinstance(merge, list) else merge.split(" "))}
-    used.add(model.get("unk_token"))
+    merges = (merge if isinstance(merge, list) else merge.split(" ") for merge in model.get("merges", ()))
+    used = {model.get("unk_token"), *(part for merge in merges for part in merge)}
     for text in names:
         if text not in used:
             vocab.pop(text, None)

@@ -18,16 +18,13 @@ from typing import Any
 import tokenizers
 
 from engine.core.errors import LoadError, RequestError
-from engine.patching.artefact import Artefact, read
+from engine.patching.artefact import CONFIG_MARK, Artefact, read
 from engine.patching.base import BaseVocabulary, base_of
 from engine.patching.merging import Merger
 from engine.tokenization.hf import HfTokenizer, check_unicode, configured_ends, load_base_tokenizer
 from engine.tokenization.inert import Inert
 from engine.tokenization.jsonfile import read_optional_object
 from engine.tokenization.vocabulary import Encoded, Part, PieceTable
-
-CONFIG_MARK = "tessera_patch"
-"""The key of config.json that says: the ids in this file and generation_config.json are patched ids."""
 
 
 class PatchedTokenizer:

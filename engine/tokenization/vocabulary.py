@@ -37,7 +37,8 @@ class PieceTable:
 
 
 class Part(NamedTuple):
-    """A piece of a rendered chat. parse_special: the template wrote it; False = a user did: special strings are text."""
+    """A piece of a rendered chat. parse_special: the template wrote it; False = a user did, and special strings in it
+    are text."""
 
     text: str
     parse_special: bool

@@ -92,8 +92,9 @@ def test_bytes_first_then_tokens(tmp_path: Path) -> None:
             await pool.encode("x" * (limit + 1), add_special_tokens=True, max_tokens=LENGTH)
         with pytest.raises(ApiError, match=f"has {LENGTH + 1} tokens"):
             await pool.encode("\n" * (LENGTH + 1), add_special_tokens=False, max_tokens=LENGTH)
-        assert len(await pool.encode("\n" * LENGTH, add_special_tokens=False, max_tokens=LENGTH)) == LENGTH
-        assert await pool.decode(await pool.encode("a 🙂 b", add_special_tokens=False, max_tokens=LENGTH)) == "a 🙂 b"
+        assert (await pool.encode("\n" * LENGTH, add_special_tokens=False, max_tokens=LENGTH)).count == LENGTH
+        done = await pool.encode("a 🙂 b", add_special_tokens=False, max_tokens=LENGTH)
+        assert await pool.decode(done.tokens) == "a 🙂 b"
 
     with_pool(tiny_folder(tmp_path / "model"), job)
 
