@@ -68,8 +68,6 @@ def fit(model: str | Path, folder: Path, spec: ModelSpec) -> tuple[Artefact, Mod
             raise BaseMismatch(f"{origin}: the model was patched from the base tokenizer {str(made_for)[:12]}, "
                                f"{folder} is for {artefact.base_sha256[:12]}")
         return artefact, spec
-    log.warning("%s does not say that this model was made for a patched vocabulary; its ids are taken for the base's, "
-                "and a model that was not made for this one talks nonsense", origin)
     ids = IdMap(artefact.new_id_of, artefact.removed, artefact.base_vocab_size)
 
     def new_id(token: int | None, key: str) -> int | None:
@@ -87,11 +85,14 @@ def check_weights(artefact: Artefact, weights: WeightSource) -> None:
             check_rows(artefact, weights.shape(name)[0], f"{weights.file_of(name)}: {name}")
 
 
-def describe(artefact: Artefact, folder: Path) -> str:
-    """One line for the log."""
-    rho = _rho(artefact.meta)
-    return (f"patched vocabulary {artefact.sha256[:12]} ({artefact.kind}) from {folder}: {artefact.vocab_size} ids, "
-            f"{len(artefact.ngrams)} n-grams, {len(artefact.removed)} removed; rho {rho}")
+def announce(artefact: Artefact, folder: Path, model: str | Path) -> None:
+    """Log which artefact serves, once, and warn where nothing says that the model was made for one."""
+    log.info("patched vocabulary %s (%s) from %s: %d ids, %d n-grams, %d removed; rho %s", artefact.sha256[:12],
+             artefact.kind, folder, artefact.vocab_size, len(artefact.ngrams), len(artefact.removed),
+             _rho(artefact.meta))
+    if _mark(model) is None:
+        log.warning("%s does not say that this model was made for a patched vocabulary; its ids are taken for the "
+                    "base's, and a model that was not made for this one talks nonsense", Path(model) / "config.json")
 
 
 def _mark(model: str | Path) -> Any:

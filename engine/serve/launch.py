@@ -155,7 +155,7 @@ class Supervisor:
         """Engine, text workers and tokenizer at once; then fill in the services and say that we are ready."""
         from engine.core.seeds import SeedSource
         from engine.loading.spec import read_config
-        from engine.patching.served import describe, patch_folder
+        from engine.patching.served import announce, patch_folder
         from engine.serve.generation import Tools
         from engine.serve.ids import Limits
         from engine.tokenization import load_tokenizer
@@ -179,7 +179,7 @@ class Supervisor:
         artefact = getattr(tokenizer, "artefact", None)  # a patched vocabulary's
         if artefact is not None and patch is not None:
             base_size, base_lengths = artefact.base_vocab_size, [len(old) for old in artefact.old_ids]
-            log.info("%s", describe(artefact, patch))
+            announce(artefact, patch, self.folder)
         services.limits = Limits(names, facts.max_model_len, facts.vocab_size, defaults, base_size, tokenizer.to_new_id)
         services.tools = Tools(engine, tokenizer, tuple(facts.eos_ids), MonotonicClock(), services.metrics,
                                SeedSource(self.launch.engine.seed), base_lengths)

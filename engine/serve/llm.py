@@ -19,7 +19,7 @@ from engine.core.plan import TokenLogprobs, Update
 from engine.core.request import Request, SamplingParams, check_token_ids
 from engine.core.seeds import SeedSource
 from engine.loading.resolve import resolve_model
-from engine.patching.served import patch_folder
+from engine.patching.served import announce, patch_folder
 from engine.tokenization import Detokenizer, load_tokenizer
 from engine.tokenization.stream import unfinished_bytes
 
@@ -69,9 +69,11 @@ class LLM:
     def __init__(self, model: str | None = None, **settings: Any) -> None:
         path = resolve_model(model)
         self.config = EngineConfig(model=str(path), **settings)
-        self.spec, _ = read_model(self.config)
-        self.tokenizer = load_tokenizer(self.config.tokenizer or path,
-                                        patch_folder(path, self.config.patch, self.config.tokenizer))
+        self.spec, artefact = read_model(self.config)
+        folder = patch_folder(path, self.config.patch, self.config.tokenizer)
+        if artefact is not None and folder is not None:
+            announce(artefact, folder, path)
+        self.tokenizer = load_tokenizer(self.config.tokenizer or path, folder)
         self.engine = build_engine(self.config)
         self._clock = MonotonicClock()
         self._seeds = SeedSource(self.config.seed)

@@ -109,7 +109,7 @@ def test_a_killed_worker_costs_its_own_job_only(tmp_path: Path) -> None:
             return_exceptions=True)
         failed = [result for result in results if isinstance(result, ApiError)]
         assert len(failed) <= 2 and all(error.status == 400 for error in failed)
-        assert sum(isinstance(result, list) for result in results) == 20 - len(failed)
+        assert sum(isinstance(result, wire.Encoded) for result in results) == 20 - len(failed)
 
     with_pool(tiny_folder(tmp_path / "model"), job, size=2)
     assert wait_until(lambda: not children_of_pool(), 3)
