@@ -194,7 +194,7 @@ class EngineService:
         news = [
             wire.News(update.request_id, list(update.tokens), update.finish_reason,
                       update.error[:4096] if update.error else None, 500 if update.error else 0,
-                      logprobs=list(update.logprobs))
+                      logprobs=update.logprobs)
             for update in updates if update.request_id in self._live
         ]
         for update in updates:

@@ -90,7 +90,7 @@ class News(msgspec.Struct, frozen=True, forbid_unknown_fields=True, array_like=T
     error: Note | None = None
     status: Annotated[int, msgspec.Meta(ge=0, le=599)] = 0
     param: Annotated[str, msgspec.Meta(max_length=64)] | None = None
-    logprobs: list[TokenLogprobs] = []
+    logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 class Accepted(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="accepted"):

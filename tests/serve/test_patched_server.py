@@ -220,9 +220,9 @@ def test_echo(http: httpx.Client, tokenizer: PatchedTokenizer) -> None:
     for ask in asks:
         assert post(http, C, **ask, **GREEDY, echo=True)["choices"][0]["text"] == PROMPTS[0] + said
     with http.stream("POST", C, json={**asks[1], **GREEDY, "echo": True, "stream": True, "n": 2}) as answer:
-        events = [json.loads(line[6:]) for line in answer.iter_lines() if line.startswith("data: {")]
+        choices = [json.loads(line[6:])["choices"][0] for line in answer.iter_lines() if line.startswith("data: {")]
     for index in (0, 1):
-        assert "".join(e["choices"][0]["text"] for e in events if e["choices"][0]["index"] == index) == PROMPTS[0] + said
+        assert "".join(choice["text"] for choice in choices if choice["index"] == index) == PROMPTS[0] + said
 
 
 def test_a_prompt_that_ends_inside_a_character(http: httpx.Client, tokenizer: PatchedTokenizer) -> None:
