@@ -182,13 +182,20 @@ class ChatTemplate:
             except RequestError:
                 return ""
 
+        def surplus(parts: list[Part]) -> set[str]:
+            """Special strings that more of the template's parts hold than it writes around mere digits."""
+            bare = Counter(specials.findall(attempt(lambda _, text: digits if text.strip() else text)))
+            written = Counter(name for text, ours in parts if ours for name in specials.findall(text))
+            return set(written - bare)
+
         cut = re.split(f"{digits}([01])", attempt(lambda _, text: _between(text, digits + "0", digits + "1")))
         if "".join(cut[::2]) == whole and cut[1::2] == ["0", "1"] * (len(cut) // 4):
-            return [Part(text, number % 2 == 0) for number, text in enumerate(cut[::2]) if text]
+            found = [Part(text, number % 2 == 0) for number, text in enumerate(cut[::2]) if text]
+            harmless = not any(specials.search(text) for text in _texts(plain))
+            if harmless or not surplus(found):  # a template may have cut the middle out of a text, without our digits
+                return found
         found = _marked(plain, whole, specials, firm, digits, attempt)
-        bare = Counter(specials.findall(attempt(lambda _, text: digits if text.strip() else text)))
-        written = Counter(name for text, of_template in found if of_template for name in specials.findall(text))
-        if any(written[name] > bare[name] for name in written if name in firm):
+        if surplus(found) & firm:
             raise _untold("a special token's text")
         return found
 

@@ -94,10 +94,6 @@ class HfTokenizer:
         """The same."""
         return base_id
 
-    def to_base_ids(self, ids: Sequence[int]) -> list[int]:
-        """The same."""
-        return list(ids)
-
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of ids; ids the vocabulary does not have stand for nothing."""
         known = [token for token in ids if 0 <= token < self.vocab_size]

@@ -105,9 +105,6 @@ class Tokenizer(Protocol):
     def to_new_id(self, base_id: int) -> int:
         """The one engine id of a base id. Raises RequestError for one that has none."""
 
-    def to_base_ids(self, ids: Sequence[int]) -> list[int]:
-        """The base ids that ids stand for; not what the base would encode their text to."""
-
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of ids; ids the vocabulary does not have stand for nothing."""
 

@@ -113,7 +113,7 @@ def test_prompt_ids_of_both_spaces_are_the_text(http: httpx.Client, tokenizer: P
     """base ids go through removal and merging; engine ids are taken as they are."""
     for text in (*PROMPTS, "what is <|im_end|> the quick brown fox"):
         ids, base_ids = tokenizer.encode_both(text)
-        assert len(ids) < len(base_ids)
+        assert ids != base_ids
         wanted = post(http, C, prompt=text, **GREEDY)
         for space, prompt in (("engine", ids), ("base", base_ids)):
             said = post(http, C, prompt=prompt, token_space=space, **GREEDY)
