@@ -239,6 +239,8 @@ class Scheduler:
         before = len(updates)
         ended = self._take_tokens(result, updates)
         sampled = len(updates) - before
+        if result.logprobs:
+            self._add_logprobs(result, updates, before)
         if ended:
             self._end(ended)
         self._note(flight, result, sampled, len(ended))
@@ -283,8 +285,20 @@ class Scheduler:
                 reason = sequence.stop_reason(token)
                 if reason is not None:
                     ended.append(sequence)
-            updates.append(_new(Update, (sequence.request_id, (token,), reason, None)))
+            updates.append(_new(Update, (sequence.request_id, (token,), reason, None, ())))
         return ended
+
+    def _add_logprobs(self, result: StepResult, updates: list[Update], first: int) -> None:
+        """Put logprobs into the updates from `first` on, which are those of the result's tokens."""
+        found = {}
+        for seq_id, epoch, logprobs in result.logprobs:
+            sequence = self._live.get(seq_id)
+            if sequence is not None and sequence.epoch == epoch:
+                found[sequence.request_id] = logprobs
+        for index in range(first, len(updates)):
+            mine = found.get(updates[index].request_id)
+            if mine is not None:
+                updates[index] = updates[index]._replace(logprobs=(mine,))
 
     def drain(self) -> list[Update]:
         """News that no result brings (aborted and ignored requests), for when no step is in flight."""

@@ -255,7 +255,7 @@ class EngineClient:
         if news.finish_reason is not None:
             del self._routes[news.request_id]
         mailbox, index = route
-        mailbox.put(index, news.tokens, news.finish_reason, news.error, news.status, news.param)
+        mailbox.put(index, news.tokens, news.finish_reason, news.error, news.status, news.param, news.logprobs)
 
     def _on_control(self, message: wire.ControlMessage) -> None:
         self._beat_s = self._clock.now_s()

@@ -96,7 +96,7 @@ def to_request(message: wire.Add) -> Request:
     params = SamplingParams(
         max_tokens=asked.max_tokens, temperature=asked.temperature, top_k=asked.top_k, top_p=asked.top_p,
         min_p=asked.min_p, seed=asked.seed, min_tokens=asked.min_tokens, ignore_eos=asked.ignore_eos,
-        stop_token_ids=tuple(asked.stop_token_ids))
+        stop_token_ids=tuple(asked.stop_token_ids), logprobs=asked.logprobs, logit_bias=tuple(asked.logit_bias))
     return Request(message.request_id, tuple(message.prompt), params, message.arrival_s,
                    frozenset(message.stop_ids), message.priority)
 
@@ -207,7 +207,8 @@ class EngineService:
             self.step_started_s = 0.0
         news = [
             wire.News(update.request_id, list(update.tokens), update.finish_reason,
-                      update.error[:4096] if update.error else None, 500 if update.error else 0)
+                      update.error[:4096] if update.error else None, 500 if update.error else 0,
+                      logprobs=update.logprobs)
             for update in updates if update.request_id in self._live
         ]
         for update in updates:

@@ -52,6 +52,11 @@ class ApiError(Exception):
         return msgspec.json.encode(self.body())
 
 
+def bad(param: str, message: str, code: str | None = None) -> ApiError:
+    """A 400 about one field."""
+    return ApiError(400, message, param, code or "invalid_value")
+
+
 def shown(value: object) -> str:
     """A client's own value, short enough to quote back: scalars as JSON, anything else by its kind and size."""
     if isinstance(value, str):
