@@ -87,14 +87,15 @@ def _step(
     updates = engine.step()
     at_s = clock.now_s() - start_s
     made = 0
-    for request_id, tokens, reason, error in updates:
+    for update in updates:
+        name, reason = update.request_id, update.finish_reason
         if reason not in (None, "length"):
-            raise NotProduced(f"{workload.name}: {request_id} ended with {reason}: {error or 'no reason given'}")
-        timeline = timelines[int(request_id.removeprefix("bench-"))]
-        timeline.token_s += [at_s] * len(tokens)
-        timeline.num_tokens += len(tokens)
-        seen.update(tokens)
-        made += len(tokens)
+            raise NotProduced(f"{workload.name}: {name} ended with {reason}: {update.error or 'no reason given'}")
+        timeline = timelines[int(name.removeprefix("bench-"))]
+        timeline.token_s += [at_s] * len(update.tokens)
+        timeline.num_tokens += len(update.tokens)
+        seen.update(update.tokens)
+        made += len(update.tokens)
     bar.update(made)
 
 
