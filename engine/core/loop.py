@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 
 from engine.core.clock import Clock, MonotonicClock
+from engine.core.demand import Demand
 from engine.core.executor import Executor
 from engine.core.plan import StepPlan, Update
 from engine.core.record import StepRecord
@@ -25,7 +26,8 @@ MAX_LOST_STEPS = 3  # in a row, after which the executor is taken for dead
 class EngineLoop:
     """A scheduler and an executor, driven by step(). Not thread-safe: one thread calls everything.
 
-    executor_stats: counts of the executor's side (pages mapped, ...) to add to stats().
+    executor_stats: counts of the executor's side (pages mapped, ...) to add to stats(). demand: what is known of
+    tokens for base tokens; whoever sees text reports to it through observe().
     """
 
     def __init__(
@@ -35,11 +37,13 @@ class EngineLoop:
         *,
         clock: Clock | None = None,
         executor_stats: Callable[[], Mapping[str, int]] | None = None,
+        demand: Demand | None = None,
     ) -> None:
         self.scheduler = scheduler
         self.executor = executor
         self.clock = clock or MonotonicClock()
         self._executor_stats = executor_stats
+        self._demand = demand
         self._submitted: deque[int] = deque()  # step ids whose results are awaited, oldest first
         self._lost_steps = 0
         self._lost_in_a_row = 0
@@ -62,6 +66,11 @@ class EngineLoop:
     def abort(self, request_id: str) -> bool:
         """End a request now; the next step frees its slot and reports "abort". False when it is not live."""
         return self.scheduler.abort(request_id)
+
+    def observe(self, side: str, base_tokens: int, tokens: int) -> None:
+        """A sampled prompt ("in") or output ("out") had so many tokens, and its text so many in the base vocabulary."""
+        if self._demand is not None:
+            self._demand.observe(side, base_tokens, tokens)
 
     @property
     def has_work(self) -> bool:
@@ -131,10 +140,11 @@ class EngineLoop:
         self.scheduler.records.clear()
         return records
 
-    def stats(self) -> dict[str, int]:
-        """Counts now and totals since the start, of the scheduler, the loop and the executor."""
-        stats = self.scheduler.stats()
-        stats["lost_steps_total"] = self._lost_steps
+    def stats(self) -> dict[str, float]:
+        """Counts now and totals since the start, of the scheduler, the loop and the executor, and rho if known."""
+        stats: dict[str, float] = {**self.scheduler.stats(), "lost_steps_total": self._lost_steps}
+        if self._demand is not None:
+            stats.update(self._demand.stats())
         if self._executor_stats is not None and not self._closed:
             stats.update(self._executor_stats())
         return stats
