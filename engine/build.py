@@ -31,7 +31,7 @@ from engine.models import models
 from engine.parts.dummy import dummy_weights
 from engine.parts.kernel_set import kernel_sets
 from engine.parts.parts import Parts
-from engine.patching.artefact import find
+from engine.patching.place import find
 from engine.patching.reduction import load_reduction
 from engine.runner.batch import Row, pack
 from engine.runner.graphs import DecodeGraphs

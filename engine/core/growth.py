@@ -173,8 +173,7 @@ class GrowthForecast:
 
     def stats(self) -> dict[str, int]:
         """Gauges, in page groups and tokens."""
-        return {"expected_growth_groups": self.groups(), "expected_growth_tokens": round(self._tokens),
-                "growth_caution": self.cautious}  # fmt: skip
+        return {"expected_growth_groups": self.groups(), "growth_caution": self.cautious}
 
     def _subtract(self, seq_id: int) -> None:
         found = self._running.pop(seq_id, None)

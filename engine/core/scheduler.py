@@ -384,8 +384,10 @@ class Scheduler:
             "ledger_groups_reserved": ledger.reserved_groups,
             "ledger_groups_withheld": ledger.withheld_groups,
         }
-        growth = {} if self.forecast is None else self.forecast.stats()
-        return now | growth | {f"{name}_total": count for name, count in self.totals.items()}
+        if self.forecast is not None:
+            now |= self.forecast.stats()
+            now["over_commit_groups"] = max(0, now["expected_growth_groups"] - ledger.free_groups)
+        return now | {f"{name}_total": count for name, count in self.totals.items()}
 
     def check(self) -> None:
         """Raise InvariantError unless everything we promise about our own state holds. Idle, and in tests."""

@@ -17,7 +17,7 @@ from typing import Any
 from engine.core.demand import PRIOR, Demand, RhoEstimator, RhoStatistics
 from engine.core.errors import ConfigError, LoadError
 from engine.core.growth import HISTORY
-from engine.patching.artefact import JSON_NAME, MAX_JSON_BYTES
+from engine.patching.place import JSON_NAME, MAX_JSON_BYTES
 from engine.tokenization.jsonfile import read_object
 
 log = logging.getLogger(__name__)

@@ -25,12 +25,13 @@ import numpy as np
 from engine.core.clock import MonotonicClock, wall_s
 from engine.core.errors import ConfigError
 from engine.core.growth import HISTORY
-from engine.patching.artefact import find, read, write
+from engine.patching.artefact import read, write
 from engine.patching.base import load_base
 from engine.patching.corpus import read_documents
 from engine.patching.errors import ArtefactError
 from engine.patching.invariants import dead_ngrams
 from engine.patching.merging import Merger
+from engine.patching.place import find
 from engine.patching.reduction import LENGTHS, STATISTICS, STATISTICS_OUT
 from engine.patching.report import statistics as rho_statistics
 from engine.patching.report import table

@@ -21,6 +21,7 @@ from engine.serve.mailbox import Mailbox, Piece
 from engine.serve.metrics import Metrics
 
 if TYPE_CHECKING:
+    from engine.serve.reduction import ReductionSampler
     from engine.tokenization import Detokenizer
 
 
@@ -46,6 +47,7 @@ class _Sample:
     num_tokens: int = 0
     last_s: float = 0.0
     finish_reason: str | None = None
+    output: list[int] | None = None  # every token, where it is to be counted
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +60,7 @@ class Tools:
     clock: Clock
     metrics: Metrics
     seeds: SeedSource
+    sampler: ReductionSampler | None = None
 
 
 class Generation:
@@ -82,6 +85,10 @@ class Generation:
                     Detokenizer(tools.tokenizer, stop=params.stop, min_tokens=params.min_tokens, continues=True))
             for i in range(len(prompts) * params.n)
         ]
+        if tools.sampler is not None:
+            for sample in self._samples:
+                sample.output = tools.sampler.choose()
+        self._prompts = prompts if any(sample.output is not None for sample in self._samples) else ()
         self._adds = [
             self._add(sample.request_id, prompts[i // params.n], params, i % params.n, max_tokens[i // params.n],
                       priority)
@@ -175,6 +182,8 @@ class Generation:
         if sample.finish_reason is not None:
             return None
         delta = sample.detokenizer.push(piece.tokens)
+        if sample.output is not None:
+            sample.output += piece.tokens
         text, kept = delta.text, delta.num_tokens_kept if delta.stopped else len(piece.tokens)
         self._measure(sample, kept, now_s)
         if delta.stopped:
@@ -187,6 +196,9 @@ class Generation:
             self._open -= 1
             self._tools.metrics.requests.labels(sample.finish_reason).inc()
             self._tools.metrics.e2e_s.observe(now_s - self._accepted_s)
+            if sample.output is not None and self._tools.sampler is not None:
+                n = len(self._samples) // len(self._prompts)
+                self._tools.sampler.ended(self._prompts[index // n], sample.output)
         return TextDelta(index, text, sample.finish_reason) if text or sample.finish_reason else None
 
     def _measure(self, sample: _Sample, tokens: int, now_s: float) -> None:

@@ -156,6 +156,7 @@ class Supervisor:
         from engine.core.seeds import SeedSource
         from engine.loading.spec import read_config
         from engine.serve.generation import Tools
+        from engine.serve.reduction import ReductionSampler, context_card, context_of
         from engine.serve.schema import Limits
         from engine.tokenization import load_tokenizer
 
@@ -174,8 +175,12 @@ class Supervisor:
         names = model_names(self.launch, self.folder)
         defaults = {name: value for name, value in dataclasses.asdict(spec.generation).items() if value is not None}
         services.limits = Limits(names, facts.max_model_len, facts.vocab_size, defaults)
+        reduction, context = context_of(self.launch.engine, tokens, facts.max_model_len)
+        services.card_extra = context_card(context, reduction.domain)
+        services.metrics.know_domain(reduction.domain)
+        sampler = ReductionSampler(text, engine.sampled) if hasattr(tokenizer, "artefact") else None
         services.tools = Tools(engine, tokenizer, tuple(facts.eos_ids), MonotonicClock(), services.metrics,
-                               SeedSource(self.launch.engine.seed))
+                               SeedSource(self.launch.engine.seed), sampler)
         gc.collect()
         gc.freeze()  # libraries and vocabulary: the collector need not walk them while clients wait
         engine.on_progress("ready")

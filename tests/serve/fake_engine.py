@@ -80,6 +80,9 @@ class FakeLoop:
                 del self.live[name]
         return updates
 
+    def observe(self, side: str, base_tokens: int, tokens: int) -> None:
+        """Nothing to learn here."""
+
     def stats(self) -> dict[str, Any]:
         return {"running": len(self.live), "waiting": 0, "kv_groups_in_use": len(self.live)}
 
