@@ -47,6 +47,7 @@ class RhoStatistics:
     q95: float
     q99: float
     rho_max: float
+    characters: int | None = None
     date: str | None = None
     corpus_sha256: str | None = None
 
@@ -76,6 +77,8 @@ class RhoStatistics:
                 raise ConfigError(f"statistics of {domain[:80]!r}: field {name} is missing or no number; "
                                   "`python -m scripts.patch verify DIR --text FILES --domain NAME --store` measures it")
             values[name] = kind(value)
+        characters = fields.get("characters")
+        values["characters"] = characters if type(characters) is int and characters > 0 else None
         for name in ("date", "corpus_sha256"):
             values[name] = str(fields[name])[:80] if fields.get(name) is not None else None
         return cls(domain, **values)  # type: ignore[arg-type]
