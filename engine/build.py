@@ -290,7 +290,8 @@ def build_engine(config: EngineConfig, *, kernels: str = "auto", progress: Progr
     demand = reduction.demand()
     forecast = None
     if rule.growth_risk is not None:
-        forecast = GrowthForecast(rule.growth_risk, geometry.groups_for, demand.sides["out"], reduction.base_lengths)
+        group_tokens = geometry.page_bytes / geometry.token_bytes
+        forecast = GrowthForecast(rule.growth_risk, group_tokens, demand.sides["out"], reduction.base_lengths)
     policy = make_policy(
         resolved.scheduler,
         max_model_len=geometry.max_tokens,

@@ -1,6 +1,6 @@
 """What knowing rho is worth to admission: the same texts, memory and risk, with rho known and with rho = 1.
 
-    python -m scripts.bench_rho [--rho 0.75] [--risk 1e-3] [--requests 600] [--seeds 3] [--out FILE.json]
+    python -m scripts.bench_rho [--rho 0.709] [--risk 1e-3] [--requests 600] [--seeds 3] [--out FILE.json]
 
 Requests come in base tokens; the patched vocabulary turns them into `rho` times as many engine tokens, with a spread
 of sqrt(phi / length) from text to text. Their output lengths are known from an earlier deployment, in base tokens.
@@ -18,6 +18,7 @@ not of a machine. Every answer is checked against the one it gets alone. Arms:
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import random
@@ -27,12 +28,12 @@ from pathlib import Path
 
 from engine.core.demand import RhoEstimator, RhoStatistics
 from engine.core.growth import HISTORY, GrowthForecast
-from engine.core.ledger import KvLedger
 from engine.core.request import Request
 from scripts import simulate
 
-PHI = 0.2  # variance of engine tokens for each base token; measured: docs/vocabularies.md
-DOCUMENTS, DOCUMENT_TOKENS = 1000, 300  # of the stored statistics
+# Of the medical patch in docs/vocabularies.md, held-out documents: the figures its artefact stores.
+RHO, PHI = 0.709, 1.314
+DOCUMENTS, DOCUMENT_TOKENS = 1696, 268
 ARMS = ("plain", "rho = 1", "rho known", "rho too low", "no forecast")
 
 
@@ -61,13 +62,14 @@ class World(simulate.Simulation):
         return RhoStatistics("bench", DOCUMENTS, base, round(told * base), math.sqrt(PHI / base), PHI, told, told * 1.1,
                              told * 1.2, 6.0)
 
-    def forecast(self, ledger: KvLedger) -> GrowthForecast | None:
+    def forecast(self) -> GrowthForecast | None:
         """The arm's: the history of an earlier deployment, and what it is told of rho."""
         rng = random.Random(-1)
         history = [self.output_length(rng) for _ in range(HISTORY)]
         if self.arm == "no forecast":
             return None
-        return GrowthForecast(self.options.admission_risk, ledger.groups_for, RhoEstimator(self.stored()), history)
+        return GrowthForecast(self.options.admission_risk, self.options.group_tokens, RhoEstimator(self.stored()),
+                              history)
 
     def output_length(self, rng: random.Random) -> int:
         """Base tokens of an output."""
@@ -96,6 +98,11 @@ class World(simulate.Simulation):
         self.concurrency = [record.running for record in self.scheduler.records if record.waiting]
 
 
+def longest_gap(client: simulate.Client) -> float:
+    """The longest time that one request waited for its next token, once it had the first [virtual s]."""
+    return max((b - a for a, b in itertools.pairwise(client.times_s)), default=0.0)
+
+
 def arm_of(options: argparse.Namespace, arm: str) -> dict[str, float]:
     """One arm over every seed."""
     rows = []
@@ -110,6 +117,7 @@ def arm_of(options: argparse.Namespace, arm: str) -> dict[str, float]:
             "running": statistics.fmean(world.concurrency or [0]),
             "preemptions": float(totals["preempted"]),
             "steps_with_preemption_percent": 100 * over / totals["steps"],
+            "longest_gap_p99_s": simulate.percentile([longest_gap(client) for client in world.clients.values()], 0.99),
             "virtual_s": world.now_s,
         })  # fmt: skip
     return {name: round(statistics.fmean(row[name] for row in rows), 3) for name in rows[0]}
@@ -119,7 +127,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Flags."""
     parser = argparse.ArgumentParser(prog="bench_rho", description=(__doc__ or "").split("\n", 1)[0])
     add = parser.add_argument
-    add("--rho", type=float, default=0.75, help="engine tokens for a base token")
+    add("--rho", type=float, default=RHO, help="engine tokens for a base token")
     add("--risk", dest="admission_risk", type=float, default=1e-3, help="of the forecast")
     add("--requests", type=int, default=600)
     add("--seeds", type=int, default=3)
@@ -142,10 +150,10 @@ def main(arguments: list[str] | None = None) -> int:
     """Run every arm, print the table and one line of JSON."""
     options = parse(arguments)
     arms = {arm: arm_of(options, arm) for arm in ARMS}
-    print(f"{'':14}{'running':>9}{'base tokens/s':>15}{'preemptions':>13}{'steps with one':>16}")
+    print(f"{'':14}{'running':>9}{'base tokens/s':>15}{'preemptions':>13}{'steps with one':>16}{'longest gap':>13}")
     for arm, row in arms.items():
         print(f"{arm:14}{row['running']:9.1f}{row['base_tokens_per_s']:15.0f}{row['preemptions']:13.1f}"
-              f"{row['steps_with_preemption_percent']:15.2f}%")
+              f"{row['steps_with_preemption_percent']:15.2f}%{row['longest_gap_p99_s']:11.2f} s")
     settings = {name: value for name, value in vars(options).items() if name != "out"}
     result = {"benchmark": "rho", "settings": settings, "phi": PHI, "arms": arms}
     if options.out is not None:

@@ -169,7 +169,7 @@ def plan(options: argparse.Namespace) -> dict[str, Any]:
     traffic = Traffic(options.input_base_tokens, options.output_base_tokens, options.output_spread,
                       options.arrival_rate, options.prefill_tokens_per_s, options.token_s)
     columns = {"base": (Cost(1.0), Cost(1.0))}
-    if patch is not None or reduction.prior != PRIOR:
+    if patch is not None or reduction.into or reduction.out or reduction.prior != PRIOR:
         columns["patched"] = tuple(Cost.of(side, reduction.prior) for side in (reduction.into, reduction.out))  # type: ignore[assignment]
     return {
         "model": str(folder), "patch": None if patch is None else str(patch), "domain": reduction.domain,

@@ -117,17 +117,17 @@ class Simulation:
             max_num_seqs=options.max_num_seqs,
             max_model_len=options.max_model_len,
             depth=options.depth,
-            forecast=self.forecast(ledger),
+            forecast=self.forecast(),
         )
         self.executor = HashExecutor(self.rng, options.refuse)
         self.now_s = 0.0
         self.clients: dict[str, Client] = {}
         self.arrivals = deque(self.requests())
 
-    def forecast(self, ledger: KvLedger) -> GrowthForecast | None:
+    def forecast(self) -> GrowthForecast | None:
         """What --admission-risk asks for, without any history."""
         risk = self.options.admission_risk
-        return None if risk is None else GrowthForecast(risk, ledger.groups_for, RhoEstimator())
+        return None if risk is None else GrowthForecast(risk, self.options.group_tokens, RhoEstimator())
 
     def requests(self) -> list[Request]:
         """Everyone who will come, in order of arrival."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from itertools import accumulate
 from statistics import NormalDist
 from typing import NamedTuple
@@ -120,15 +120,16 @@ class OutputHistory:
 class GrowthForecast:
     """The sum of what running sequences will still need, at a risk; O(log HISTORY) for each start, growth and end.
 
-    risk: probability that they need more than said. groups_for(tokens): the ledger's. rho: of the outputs.
+    risk: probability that they need more than said. group_tokens: tokens of a page group, maybe a fraction. rho: of the
+    outputs.
     """
 
-    def __init__(self, risk: float, groups_for: Callable[[int], int], rho: RhoEstimator,
+    def __init__(self, risk: float, group_tokens: float, rho: RhoEstimator,
                  base_lengths: Iterable[int] = ()) -> None:
         self.history = OutputHistory(rho, base_lengths)
         self.cautious = 0  # steps of Z_STEP above the z of the risk
         self._risk_z = NormalDist().inv_cdf(1 - risk)
-        self._groups_for = groups_for
+        self._group_tokens = group_tokens
         self._rho = rho
         self._phi = self._se = 0.0  # of rho, relative to it; refreshed now and then, because they move slowly
         self._running: dict[int, Expected] = {}
@@ -156,7 +157,7 @@ class GrowthForecast:
         if square > 0:  # few requests: their sum is skewed, like each of them (Cornish and Fisher's first term)
             bound += (z * z - 1) / 6 * max(0.0, all_.third) / square
         # The last group of each is on average half empty; a sequence that grows fills the one it has first.
-        return self._groups_for(math.ceil(max(0.0, bound))) + math.ceil(all_.chance / 2)
+        return math.ceil(max(0.0, bound) / self._group_tokens) + math.ceil(all_.chance / 2)
 
     def watch(self, sequence: Sequence) -> None:
         """A sequence has started, or holds more memory than before."""
