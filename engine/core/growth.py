@@ -18,6 +18,7 @@ from statistics import NormalDist
 from typing import NamedTuple
 
 from engine.core.demand import RhoEstimator
+from engine.core.errors import InvariantError
 from engine.core.sequence import Sequence
 
 HISTORY = 1024  # finished requests that are remembered
@@ -180,6 +181,14 @@ class GrowthForecast:
             self.cautious = min(max(0, self.cautious + step), MAX_Z_STEPS)
             self._finished = self._lost = 0
             self._refresh()
+
+    def check(self, running: Iterable[int]) -> None:
+        """Raise InvariantError unless exactly these sequences are counted, and the sum is theirs."""
+        if sorted(running) != sorted(self._running):
+            raise InvariantError(f"growth is expected of {sorted(self._running)}, running are {sorted(running)}")
+        tokens = math.fsum(found.tokens for found in self._running.values())
+        if abs(tokens - self._sum.tokens) > 1e-6 * (1 + tokens):
+            raise InvariantError(f"{self._sum.tokens} tokens of growth are expected, the sequences' sum is {tokens}")
 
     def stats(self) -> dict[str, int]:
         """Gauges, in page groups and tokens."""

@@ -409,4 +409,6 @@ class Scheduler:
         for sequence in () if self.ahead else running:
             if (sequence.status is Status.IN_FLIGHT) != ((sequence.seq_id, sequence.epoch) in in_flight):
                 raise InvariantError(f"{sequence!r} is in flight: {(sequence.seq_id, sequence.epoch) in in_flight}")
+        if self.forecast is not None:
+            self.forecast.check([sequence.seq_id for sequence in running])
         self.ledger.check({s.seq_id: s.computed if s.status is Status.DECODING else s.goal for s in running})
