@@ -175,7 +175,7 @@ def plan(options: argparse.Namespace) -> dict[str, Any]:
         "model": str(folder), "patch": None if patch is None else str(patch), "domain": reduction.domain,
         "risk": options.risk, "taken from the device": taken,
         "memory": _memory(geometry, pool_bytes, groups, reduction),
-        "context": _context(length, spec.context_tokens, reduction, options.serve_base_tokens),
+        "context": _context(length, spec.context_tokens, reduction, options),
         "requests": {name: side_by_side(geometry, groups, traffic, options.risk, *sides)
                      for name, sides in columns.items()},
         "warnings": [text for text in (reduction.warning, _unmeasured(reduction, columns)) if text],
@@ -198,13 +198,16 @@ def _memory(geometry: KvGeometry, pool_bytes: int, groups: int, reduction: Reduc
     return found
 
 
-def _context(length: int, positions: int, reduction: Reduction, wanted: int | None) -> dict[str, float]:
-    """max_model_len, and what it is in base tokens."""
+def _context(length: int, positions: int, reduction: Reduction, options: argparse.Namespace) -> dict[str, float]:
+    """max_model_len, what it is in base tokens, and the longest that a prompt of the mean length gets at the risk."""
     found: dict[str, float] = {"--max-model-len, engine tokens": length}
+    wanted, prompt = options.serve_base_tokens, options.input_base_tokens
     if reduction.into is not None:
         told = advertise(length, reduction.into)
         found |= {f"base tokens, {told.confidence:.0%} of texts": told.likely, "base tokens, any text": told.safe,
                   "base tokens, mean (promise it to nobody)": told.mean}  # fmt: skip
+        high = reduction.demand().sides["in"].high(prompt, NormalDist().inv_cdf(1 - options.risk))
+        found[f"engine tokens of {prompt:g} base tokens, at the risk"] = math.ceil(high * prompt)
         if wanted is not None:
             found[f"--max-model-len for {wanted} base tokens"] = min(math.ceil(wanted * reduction.into.q99), positions)
     return found

@@ -167,13 +167,12 @@ class RhoEstimator:
     """rho of one side of a server's traffic: decayed sums of what was seen, drawn towards a prior.
 
     stored: an earlier measurement of this side: its rho is the prior, and it counts as traffic that was already seen.
-    prior: without one, 1 or a number that somebody vouches for. rho_max: bound of any text's factor. Never clamped
-    to 1. All methods take O(1).
+    prior: without one, 1 or a number that somebody vouches for. Never clamped to 1. All methods take O(1).
     """
 
-    def __init__(self, stored: RhoStatistics | None = None, *, prior: float = PRIOR, rho_max: float = math.inf) -> None:
+    def __init__(self, stored: RhoStatistics | None = None, *, prior: float = PRIOR) -> None:
         self.prior = prior if stored is None else stored.rho
-        self.rho_max = stored.rho_max if stored is not None else rho_max
+        self.rho_max = math.inf if stored is None else stored.rho_max
         self.alarms = 0
         self.documents = self.base_tokens = self.patched_tokens = 0  # seen live, not decayed
         self._past = _stored_sums(stored) if stored is not None else _Sums()

@@ -7,8 +7,6 @@ knows no traffic; what is done with the figures is engine/core/demand.py's and g
 
 from __future__ import annotations
 
-import logging
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +17,6 @@ from engine.core.errors import ConfigError, LoadError
 from engine.core.growth import HISTORY
 from engine.patching.place import JSON_NAME, MAX_JSON_BYTES
 from engine.tokenization.jsonfile import read_object
-
-log = logging.getLogger(__name__)
 
 STATISTICS, STATISTICS_OUT, LENGTHS = "statistics", "statistics_out", "output_base_tokens"
 DEFAULT_DOMAIN = "held_out"
@@ -42,9 +38,7 @@ class Reduction:
 
     def demand(self) -> Demand:
         """Estimators that begin with it."""
-        bound = math.inf if self.into is None else self.into.rho_max
-        sides = (RhoEstimator(side, prior=self.prior, rho_max=bound) for side in (self.into, self.out))
-        return Demand(*sides)
+        return Demand(*(RhoEstimator(side, prior=self.prior) for side in (self.into, self.out)))
 
 
 def load_reduction(setting: str | None, patch: Path | None, domain: str | None = None) -> Reduction:

@@ -186,7 +186,9 @@ def measure_domain(args: argparse.Namespace) -> None:
     if not (args.text or args.emitted):
         raise ConfigError("--domain needs --text FILES or --emitted FILES to measure")
     tokenizer = load_patched(args.base or args.patch, patch)
-    rho_max = max(map(len, tokenizer.artefact.removed.values()), default=1)
+    # A removed token becomes its parts; a model may spell a base token with any tokens, each of a byte at least.
+    most = {STATISTICS: max(map(len, tokenizer.artefact.removed.values()), default=1),
+            STATISTICS_OUT: tokenizer.base.max_token_bytes}  # fmt: skip
     meta = dict(tokenizer.artefact.meta)
     date = datetime.datetime.fromtimestamp(wall_s(), datetime.UTC).date().isoformat()
     for key, files in ((STATISTICS, args.text), (STATISTICS_OUT, args.emitted)):
@@ -197,7 +199,7 @@ def measure_domain(args: argparse.Namespace) -> None:
         base = [len(row.ids) for row in tokenizer.base.backend.encode_batch_fast(texts, add_special_tokens=False)]
         digest = hashlib.sha256("\0".join(texts).encode("utf-8", "surrogatepass")).hexdigest()
         chars = np.array([len(text) for text in texts])
-        figures = rho_statistics(np.array(base), np.array(tokens), chars, rho_max, digest)
+        figures = rho_statistics(np.array(base), np.array(tokens), chars, most[key], digest)
         meta[key] = {**meta.get(key, {}), args.domain: {**figures, "date": date}}
         if emitted:
             meta[LENGTHS] = base[-HISTORY:]

@@ -134,6 +134,7 @@ def test_a_plan_counts_as_the_formulas_say(tmp_path: Path, capsys: pytest.Captur
     assert memory["KV bytes of a character, patched"] == pytest.approx(512 * 0.2)
     assert context["base tokens, any text"] == 256 and context["base tokens, 99% of texts"] == 1024
     assert context["--max-model-len for 700 base tokens"] == 700
+    assert 82 <= context["engine tokens of 100 base tokens, at the risk"] <= 84  # 80 + 3.09 sqrt(0.01 * 100) and se
     base, patched = requests["base"], requests["patched"]
     assert (base["rho in"], patched["rho in"]) == (1, 0.8)
     assert base["groups a request, at its end"] == 10 and patched["groups a request, at its end"] == 8
