@@ -68,8 +68,9 @@ def first_run(options: argparse.Namespace, tokenizer: Any, prompts: Outputs) -> 
     """Outputs of every request, and the file of figures that the arm `rho known` gets."""
     outputs, _ = serve(options, prompts, kv_pool_bytes=options.pool_bytes * 8)
     counted = [count_both(tokenizer, ids) for ids in outputs]
+    characters = [len(tokenizer.decode(ids)) for ids in outputs]
     base, own = (np.array([getattr(one, name) for one in counted]) for name in ("base", "own"))
-    figures = rho_statistics(base, own, base, 100, "")
+    figures = rho_statistics(base, own, np.array(characters), tokenizer.base.max_token_bytes, "")
     RhoStatistics.of(DOMAIN, figures)
     return outputs, {STATISTICS_OUT: {DOMAIN: figures}, LENGTHS: base.tolist()}
 
