@@ -155,6 +155,7 @@ class Supervisor:
         """Engine, text workers and tokenizer at once; then fill in the services and say that we are ready."""
         from engine.core.seeds import SeedSource
         from engine.loading.spec import read_config
+        from engine.patching.place import find
         from engine.serve.generation import Tools
         from engine.serve.reduction import ReductionSampler, context_card, context_of
         from engine.serve.schema import Limits
@@ -175,7 +176,7 @@ class Supervisor:
         names = model_names(self.launch, self.folder)
         defaults = {name: value for name, value in dataclasses.asdict(spec.generation).items() if value is not None}
         services.limits = Limits(names, facts.max_model_len, facts.vocab_size, defaults)
-        reduction, context = context_of(self.launch.engine, tokens, facts.max_model_len)
+        reduction, context = context_of(self.launch.engine, find(tokens), facts.max_model_len)
         services.card_extra = context_card(context, reduction.domain)
         services.metrics.know_domain(reduction.domain)
         sampler = ReductionSampler(text, engine.sampled) if hasattr(tokenizer, "artefact") else None

@@ -10,11 +10,11 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from engine.core.config import EngineConfig
 from engine.core.demand import Advertised, advertise
-from engine.patching.place import find
 from engine.patching.reduction import Reduction, load_reduction
 from engine.serve.errors import ApiError
 from engine.serve.text_pool import TextPool
@@ -53,9 +53,9 @@ class ReductionSampler:
             self._report(side, counted.base, counted.own)
 
 
-def context_of(config: EngineConfig, folder: str, max_model_len: int) -> tuple[Reduction, Advertised | None]:
-    """What is known of rho, and the context in base tokens where the input side was measured; the log says it."""
-    reduction = load_reduction(config.token_reduction, find(folder), config.token_reduction_domain)
+def context_of(config: EngineConfig, patch: Path | None, max_model_len: int) -> tuple[Reduction, Advertised | None]:
+    """patch: the artefact's folder. What is known of rho, and the context in base tokens where the input side was measured; the log says it."""
+    reduction = load_reduction(config.token_reduction, patch, config.token_reduction_domain)
     if reduction.into is None:
         return reduction, None
     context = advertise(max_model_len, reduction.into)

@@ -67,9 +67,9 @@ def test_live_figures_and_the_card(tmp_path: Path) -> None:
         assert json.dumps(body["prompt"]) not in text
 
 
-def test_a_plain_model_advertises_nothing(tmp_path: Path) -> None:
+def test_a_plain_model_advertises_nothing() -> None:
     """No patch: no field in the card and no gauges of rho, whatever else the engine reports."""
-    reduction, context = context_of(EngineConfig(), str(tmp_path), 4096)
+    reduction, context = context_of(EngineConfig(), None, 4096)
     assert context is None and context_card(context, reduction.domain) == {}
     metrics = Metrics()
     metrics.know_domain(reduction.domain)
