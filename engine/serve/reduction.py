@@ -54,7 +54,8 @@ class ReductionSampler:
 
 
 def context_of(config: EngineConfig, patch: Path | None, max_model_len: int) -> tuple[Reduction, Advertised | None]:
-    """patch: the artefact's folder. What is known of rho, and the context in base tokens where the input side was measured; the log says it."""
+    """What is known of rho, and the context in base tokens where the input side was measured; the log says it. patch:
+    the artefact's folder."""
     reduction = load_reduction(config.token_reduction, patch, config.token_reduction_domain)
     if reduction.into is None:
         return reduction, None
