@@ -17,6 +17,7 @@ import torch
 from engine.attention.base import backends, choose_backend
 from engine.core.config import DEFAULT_CPU_POOL_BYTES, EngineConfig, resolve_auto, resolve_pool_groups
 from engine.core.errors import ConfigError
+from engine.core.growth import GrowthForecast
 from engine.core.ledger import ADMISSION_RULES, KvLedger
 from engine.core.loop import EngineLoop
 from engine.core.policies import ChunkSchedule, make_policy
@@ -31,6 +32,7 @@ from engine.parts.dummy import dummy_weights
 from engine.parts.kernel_set import kernel_sets
 from engine.parts.parts import Parts
 from engine.patching.artefact import Artefact
+from engine.patching.reduction import load_reduction
 from engine.patching.served import check_weights, fit, patch_folder
 from engine.runner.batch import Row, pack
 from engine.runner.graphs import DecodeGraphs
@@ -296,7 +298,17 @@ def build_engine(config: EngineConfig, *, kernels: str = "auto", progress: Progr
     if resolved.device == "cuda":
         pool_groups = prepare_gpu(runner, resolved, pool_groups, progress)
     pool_groups = within_mappings(config, pool_groups, runner.store.addressable_groups)
-    ledger = KvLedger(pool_groups, geometry.groups_for, ADMISSION_RULES[resolved.admission])
+    rule = dataclasses.replace(ADMISSION_RULES[resolved.admission], growth_risk=resolved.admission_risk)
+    ledger = KvLedger(pool_groups, geometry.groups_for, rule)
+    patch = patch_folder(resolved.model or "", resolved.patch, resolved.tokenizer)
+    reduction = load_reduction(resolved.token_reduction, patch, resolved.token_reduction_domain)
+    if reduction.warning is not None:
+        log.warning("%s", reduction.warning)
+    demand = reduction.demand()
+    forecast = None
+    if rule.growth_risk is not None:
+        group_tokens = geometry.page_bytes / geometry.token_bytes
+        forecast = GrowthForecast(rule.growth_risk, group_tokens, demand.sides["out"], reduction.base_lengths)
     policy = make_policy(
         resolved.scheduler,
         max_model_len=geometry.max_tokens,
@@ -310,6 +322,8 @@ def build_engine(config: EngineConfig, *, kernels: str = "auto", progress: Progr
         max_model_len=geometry.max_tokens,
         depth=2 if resolved.device == "cuda" else 1,
         ahead=resolved.device == "cuda",
+        forecast=forecast,
     )
     store = runner.store
-    return EngineLoop(scheduler, LocalExecutor(runner), executor_stats=store.stats, limit_memory=store.set_limit)
+    return EngineLoop(scheduler, LocalExecutor(runner), executor_stats=store.stats, limit_memory=store.set_limit,
+                      demand=None if patch is None else demand)

@@ -1,9 +1,11 @@
 """A scheduler's day in virtual time: random arrivals, aborts and refused memory, from one seed.
 
     python -m scripts.simulate [--policy sarathi] [--seed 0] [--requests 2000] [--rate 40] [--pool-tokens 60000]
-                               [--depth 1] [--abort 0.02] [--refuse 0.0] [--admission exact]
+                               [--depth 1] [--abort 0.02] [--refuse 0.0] [--admission exact] [--admission-risk 1e-3]
+                               [--max-tokens 0]
 
-A step takes base_s + tokens * token_s of virtual time. After every step the scheduler's books are checked; at the
+With --max-tokens every request asks for so many and ends by itself earlier. A step takes base_s + tokens * token_s of
+virtual time. After every step the scheduler's books are checked; at the
 end every request must have ended, every answer must be the one it gets alone (the "model" is a hash of all tokens
 before), and nothing may be held. Prints time to first token (first token - arrival), time between tokens, and counts,
 then one line of JSON. Exit status 1 when a promise was broken; the seed repeats it. It measures no real time.
@@ -18,6 +20,8 @@ import sys
 from collections import deque
 from dataclasses import dataclass, field
 
+from engine.core.demand import RhoEstimator
+from engine.core.growth import GrowthForecast
 from engine.core.ledger import ADMISSION_RULES, KvLedger
 from engine.core.plan import SampledToken, StepPlan, StepResult, Update
 from engine.core.policies import make_policy, policies
@@ -25,6 +29,7 @@ from engine.core.request import Request, SamplingParams
 from engine.core.scheduler import Scheduler
 
 VOCAB = 32_000
+EOS = VOCAB  # no hash gives it
 MODULUS = (1 << 61) - 1
 
 
@@ -50,6 +55,8 @@ class HashExecutor:
 
     rng: random.Random
     refuse: float
+    lengths: list[int] = field(default_factory=list)  # request -> output at which it ends by itself; its seed names it
+    goals: dict[int, int] = field(default_factory=dict)  # seq_id -> outputs still to come before EOS
     states: dict[int, int] = field(default_factory=dict)  # seq_id -> hash of all its known tokens
     plans: deque[StepPlan] = field(default_factory=deque)
 
@@ -67,6 +74,7 @@ class HashExecutor:
             for token in admission.tokens:
                 state = mix(state, token)
             self.states[admission.seq_id] = state
+            self.goals[admission.seq_id] = self.lengths[admission.params.seed or 0] - admission.num_outputs
         tokens, refused = [], []
         for chunk in plan.chunks:
             if self.refuse and self.rng.random() < self.refuse:
@@ -74,8 +82,10 @@ class HashExecutor:
                 del self.states[chunk.seq_id]
             elif chunk.samples:
                 state = self.states[chunk.seq_id]
-                tokens.append(SampledToken(chunk.seq_id, chunk.epoch, state % VOCAB))
-                self.states[chunk.seq_id] = mix(state, state % VOCAB)
+                self.goals[chunk.seq_id] -= 1
+                token = state % VOCAB if self.goals[chunk.seq_id] else EOS
+                tokens.append(SampledToken(chunk.seq_id, chunk.epoch, token))
+                self.states[chunk.seq_id] = mix(state, token)
         return StepResult(plan.step_id, tuple(tokens), tuple(refused))
 
 
@@ -107,21 +117,36 @@ class Simulation:
             max_num_seqs=options.max_num_seqs,
             max_model_len=options.max_model_len,
             depth=options.depth,
+            forecast=self.forecast(),
         )
         self.executor = HashExecutor(self.rng, options.refuse)
         self.now_s = 0.0
         self.clients: dict[str, Client] = {}
-        self.arrivals = deque(self._requests())
+        self.arrivals = deque(self.requests())
 
-    def _requests(self) -> list[Request]:
+    def forecast(self) -> GrowthForecast | None:
+        """What --admission-risk asks for, without any history."""
+        risk = self.options.admission_risk
+        return None if risk is None else GrowthForecast(risk, self.options.group_tokens, RhoEstimator())
+
+    def requests(self) -> list[Request]:
+        """Everyone who will come, in order of arrival."""
         rng, limit, at_s, requests = self.rng, self.options.max_model_len, 0.0, []
-        for index in range(self.options.requests):
+        for _ in range(self.options.requests):
             at_s += rng.expovariate(self.options.rate)
             prompt = min(limit - 1, max(1, int(rng.lognormvariate(5.0, 1.0))))
             outputs = min(limit, max(1, int(rng.lognormvariate(4.5, 0.8))))
             tokens = tuple(rng.randrange(VOCAB) for _ in range(prompt))
-            requests.append(Request(f"r{index}", tokens, SamplingParams(max_tokens=outputs), at_s))
+            requests.append(self.request(tokens, outputs, at_s))
         return requests
+
+    def request(self, prompt: tuple[int, ...], outputs: int, at_s: float) -> Request:
+        """The next request; it ends by itself after `outputs` tokens unless it asks for fewer."""
+        index = len(self.executor.lengths)
+        asked = self.options.max_tokens or outputs
+        self.executor.lengths.append(outputs if asked > outputs else 0)  # 0: never
+        params = SamplingParams(max_tokens=asked, seed=index)
+        return Request(f"r{index}", prompt, params, at_s, frozenset((EOS,)))
 
     def run(self) -> None:
         """Until every request has ended. Raises InvariantError or AssertionError for a broken promise."""
@@ -165,8 +190,11 @@ class Simulation:
             request = client.request
             assert client.reason is not None, f"{name} never ended"
             whole = min(request.params.max_tokens or limit, limit - len(request.prompt))
-            assert client.reason != "length" or len(client.tokens) == whole, f"{name}: {len(client.tokens)} of {whole}"
-            assert client.tokens == truth(request, len(client.tokens)), f"{name} got another answer than alone"
+            length, tokens = len(client.tokens), list(client.tokens)
+            assert client.reason != "length" or length == whole, f"{name}: {length} of {whole}"
+            if client.reason == "stop":
+                assert tokens.pop() == EOS and length == self.executor.lengths[request.params.seed or 0]
+            assert tokens == truth(request, len(tokens)), f"{name} got another answer than alone"
         assert not self.executor.states, f"{len(self.executor.states)} slots are still held"
         ledger = self.scheduler.ledger
         assert ledger.free_groups + ledger.withheld_groups == ledger.total_groups
@@ -199,6 +227,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="simulate", description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--policy", choices=policies.names(), default="sarathi")
     parser.add_argument("--admission", choices=sorted(ADMISSION_RULES), default="exact")
+    parser.add_argument("--admission-risk", type=float, help="expected growth is left free at this risk")
+    parser.add_argument("--max-tokens", type=int, default=0, help="tokens that every request asks for; 0: its length")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--requests", type=int, default=2000)
     parser.add_argument("--rate", type=float, default=40.0, help="requests per virtual second")

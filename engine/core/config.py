@@ -114,6 +114,14 @@ class EngineConfig:
     admission: str = knob(
         "exact", choices=("exact", "upstream"), group="scheduler",
         help="when a sequence may grow: exact = a page is free if it needs one; upstream = as published")
+    admission_risk: float | None = knob(
+        None, lo=1e-9, hi=0.5, group="scheduler", default_text="off: only the watermark is left free",
+        help="leave free what running requests are expected to grow by, at this risk; fewer preemptions, more waiting")
+    token_reduction: str | None = knob(
+        None, group="scheduler", default_text="auto: what the patch's artefact stores",
+        help="patched tokens for a base token: auto, a file of figures, or a number (warned about)")
+    token_reduction_domain: str | None = knob(
+        None, group="scheduler", default_text="held_out", help="which of the stored domains the traffic is like")
     dynamic_chunking: bool = knob(
         False, flag="enable-dynamic-chunking-schedule", group="scheduler",
         aliases=("enable-dynamic-chunking", "sarathi-scheduler-enable-dynamic-chunking-schedule"),
@@ -234,6 +242,11 @@ def _chunk_problems(config: EngineConfig) -> list[str]:
 def engine_problems(config: EngineConfig) -> list[str]:
     """Every contradiction between fields, and every value that is well-formed but not built."""
     problems = _chunk_problems(config)
+    if config.admission_risk is not None and config.admission != "exact":
+        problems.append(f"--admission-risk {config.admission_risk} needs --admission exact")
+    if config.admission_risk is not None and config.scheduler in POLICIES_WITHOUT_CHUNKS:
+        problems.append(f"--admission-risk {config.admission_risk}: policy {config.scheduler} reserves the whole "
+                        "context, so nothing grows; leave it out")
     for flag, degree in (("tensor-parallel-size", config.tensor_parallel_size),
                          ("pipeline-parallel-size", config.pipeline_parallel_size)):
         if degree != 1:

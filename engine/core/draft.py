@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from engine.core.errors import InvariantError, Refusal
+from engine.core.growth import GrowthForecast
 from engine.core.ledger import KvLedger
 from engine.core.plan import Admission, Chunk, StepPlan
 from engine.core.queues import Queues
@@ -22,6 +23,7 @@ class StepDraft:
 
     now_s: only what arrived by then may start. max_num_seqs: sequences that hold memory at once. prompt_limit:
     longest prompt [tokens] the head of the line may have. released: seq_ids whose slots this plan gives back.
+    forecast: what running sequences will still need, which an admission leaves free.
     """
 
     def __init__(
@@ -33,9 +35,11 @@ class StepDraft:
         max_num_seqs: int,
         prompt_limit: int,
         released: Iterable[int] = (),
+        forecast: GrowthForecast | None = None,
     ) -> None:
         self.queues = queues
         self.ledger = ledger
+        self.forecast = forecast
         self.now_s = now_s
         self.max_num_seqs = max_num_seqs
         self.prompt_limit = prompt_limit
@@ -156,6 +160,8 @@ class StepDraft:
         self.queues.waiting.remove(sequence)
         reserved = sequence.length_cap if sequence.whole else sequence.known
         sequence.covered = ledger.reserve(sequence.seq_id, reserved, whole=sequence.whole)
+        if self.forecast is not None:
+            self.forecast.watch(sequence)
         request = sequence.request
         self._admissions.append(
             Admission(
@@ -174,6 +180,8 @@ class StepDraft:
     def preempt(self, victim: Sequence) -> None:
         """Take everything from a sequence at once: memory, slot, progress; it waits again. Tokens stay known."""
         self.ledger.release(victim.seq_id)
+        if self.forecast is not None:
+            self.forecast.lost(victim.seq_id)
         victim.restart()
         self.requeue(victim)
         self.releases.append(victim.seq_id)
@@ -205,6 +213,8 @@ class StepDraft:
                 return False
         if known > sequence.covered:
             sequence.covered = ledger.grow(seq_id, known)
+            if self.forecast is not None:
+                self.forecast.watch(sequence)
         return True
 
     def _over_budget(self, tokens: int) -> Refusal | None:
@@ -227,7 +237,9 @@ class StepDraft:
             refusal = ledger.may_finish(sequence.length_cap, beside)
             if refusal is not None:
                 return refusal
-        return ledger.may_admit(sequence.length_cap if whole else sequence.known)
+        forecast = self.forecast
+        growth = 0 if forecast is None else forecast.groups(None if whole else forecast.expect(sequence))
+        return ledger.may_admit(sequence.length_cap if whole else sequence.known, growth)
 
     def _chunk(self, sequence: Sequence, tokens: int) -> None:
         start = sequence.computed

@@ -23,6 +23,8 @@ class AdmissionRule:
     free; otherwise whenever none is free. requeue_by_arrival: a victim goes back in order of arrival instead of to
     the front. preemption_cap: after so many preemptions a sequence waits until it fits whole and is then never a
     victim (None: never). ignore_restarted: the head-of-line length check applies to what already ran, too.
+    growth_risk: probability, at most, that running sequences outgrow what an admission leaves free (None: it leaves
+    the watermark and looks no further).
     """
 
     name: str
@@ -32,6 +34,7 @@ class AdmissionRule:
     requeue_by_arrival: bool
     preemption_cap: int | None
     ignore_restarted: bool
+    growth_risk: float | None = None
 
 
 UPSTREAM = AdmissionRule(
@@ -126,11 +129,14 @@ class KvLedger:
         usable = self.total_groups - (self.watermark_groups if self.rule.watermark_when_idle else 0)
         return self._cover(0, usable) if usable > 0 else 0
 
-    def may_admit(self, tokens: int) -> Refusal | None:
-        """None if a sequence of `tokens` known tokens may start now, else why not (in groups)."""
+    def may_admit(self, tokens: int, growth_groups: int = 0) -> Refusal | None:
+        """None if a sequence of `tokens` known tokens may start now, else why not (in groups).
+
+        growth_groups: to be left free for what runs, where that is more than the watermark; waived like it.
+        """
         need = self.groups_for(self._context_tokens or tokens)
         idle = not self._held and not self.rule.watermark_when_idle
-        if self.free_groups - need >= (0 if idle else self.watermark_groups):
+        if self.free_groups - need >= (0 if idle else max(self.watermark_groups, growth_groups)):
             return None
         return Refusal("pages", need, self.free_groups)
 

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 
 from engine.core.clock import Clock, MonotonicClock
+from engine.core.demand import Demand
 from engine.core.errors import ConfigError, RequestError
 from engine.core.executor import Executor
 from engine.core.plan import StepPlan, Update
@@ -28,6 +29,7 @@ class EngineLoop:
 
     executor_stats: counts of the executor's side (pages mapped, ...) to add to stats().
     limit_memory: tells the executor's side how many page groups may exist; None where that cannot change.
+    demand: what is known of tokens for base tokens; whoever sees text reports to it through observe().
     """
 
     def __init__(
@@ -38,6 +40,7 @@ class EngineLoop:
         clock: Clock | None = None,
         executor_stats: Callable[[], Mapping[str, int]] | None = None,
         limit_memory: Callable[[int], None] | None = None,
+        demand: Demand | None = None,
     ) -> None:
         self.scheduler = scheduler
         self.executor = executor
@@ -45,6 +48,7 @@ class EngineLoop:
         self._executor_stats = executor_stats
         self._limit_memory = limit_memory
         self._most_groups = scheduler.ledger.total_groups
+        self._demand = demand
         self._submitted: deque[int] = deque()  # step ids whose results are awaited, oldest first
         self._lost_steps = 0
         self._lost_in_a_row = 0
@@ -84,6 +88,11 @@ class EngineLoop:
             raise RequestError(f"{error}; wait for it to end, or use a higher limit", "groups") from None
         self._limit_memory(groups)
         return self.scheduler.ledger.reserved_groups
+
+    def observe(self, side: str, base_tokens: int, tokens: int) -> None:
+        """A sampled prompt ("in") or output ("out") had so many tokens, and its text so many in the base vocabulary."""
+        if self._demand is not None:
+            self._demand.observe(side, base_tokens, tokens)
 
     @property
     def has_work(self) -> bool:
@@ -153,10 +162,11 @@ class EngineLoop:
         self.scheduler.records.clear()
         return records
 
-    def stats(self) -> dict[str, int]:
-        """Counts now and totals since the start, of the scheduler, the loop and the executor."""
-        stats = self.scheduler.stats()
-        stats["lost_steps_total"] = self._lost_steps
+    def stats(self) -> dict[str, float]:
+        """Counts now and totals since the start, of the scheduler, the loop and the executor, and rho if known."""
+        stats: dict[str, float] = {**self.scheduler.stats(), "lost_steps_total": self._lost_steps}
+        if self._demand is not None:
+            stats.update(self._demand.stats())
         if self._executor_stats is not None and not self._closed:
             stats.update(self._executor_stats())
         return stats

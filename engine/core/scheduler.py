@@ -10,6 +10,8 @@ from collections.abc import Iterable
 
 from engine.core.draft import StepDraft, requeue
 from engine.core.errors import ConfigError, InvariantError, RequestError
+from engine.core.flight import Flight
+from engine.core.growth import GrowthForecast
 from engine.core.ledger import KvLedger
 from engine.core.plan import Failure, StepPlan, StepResult, Update
 from engine.core.policies import Policy
@@ -25,38 +27,13 @@ MAX_KEPT_RECORDS = 4096
 _new = tuple.__new__
 
 
-class _Flight:
-    """A submitted plan whose result is awaited."""
-
-    __slots__ = (
-        "plan",
-        "planned_s",
-        "prefill_tokens",
-        "prefills",
-        "reserved_groups",
-        "running",
-        "unsampled",
-        "waiting",
-    )
-
-    def __init__(self, plan: StepPlan, draft: StepDraft) -> None:
-        self.plan = plan
-        self.planned_s = draft.now_s
-        self.unsampled = draft.unsampled
-        self.prefills = draft.num_prefills
-        self.prefill_tokens = draft.num_tokens - (draft.num_chunks - draft.num_prefills)
-        self.running = len(draft.queues.running)
-        self.waiting = len(draft.queues.waiting)
-        self.reserved_groups = draft.ledger.reserved_groups
-
-
 class Scheduler:
     """plan() and commit() of steps over a policy and a ledger.
 
     max_num_seqs: sequences that hold memory (slots) at once. max_model_len: known tokens at which a sequence ends.
     depth: steps in flight at once. ahead=False: a sequence is in one of them only (pipeline stages). ahead=True: a step
     is planned as if the ones before it had succeeded (the executor has their tokens when it needs them); what stops
-    late costs one discarded token.
+    late costs one discarded token. forecast: expected growth, if admissions are to leave room for it.
     Every plan that is not `is_empty` must be submitted; results must be committed in that order.
     """
 
@@ -72,6 +49,7 @@ class Scheduler:
         max_model_len: int,
         depth: int = 1,
         ahead: bool = False,
+        forecast: GrowthForecast | None = None,
     ) -> None:
         for name, value in (("max_num_seqs", max_num_seqs), ("max_model_len", max_model_len), ("depth", depth)):
             if value < 1:
@@ -83,11 +61,12 @@ class Scheduler:
         self.max_model_len = max_model_len
         self.depth = depth
         self.ahead = ahead
+        self.forecast = forecast
         self.length_limit = min(max_model_len, ledger.fit_tokens())
         self.queues = Queues()
         self._live: dict[int, Sequence] = {}
         self._by_request: dict[str, Sequence] = {}
-        self._flights: deque[_Flight] = deque()
+        self._flights: deque[Flight] = deque()
         self._batches = 0  # flights with chunks; a plan of releases alone takes no place in the pipeline
         self._releases: list[int] = []  # slots to be given back by the next plan
         self._updates: list[Update] = []  # news that no result brings: aborted, ignored
@@ -177,6 +156,7 @@ class Scheduler:
             max_num_seqs=1 if self._solo else self.max_num_seqs,
             prompt_limit=self.policy.prompt_limit,
             released=self._releases,
+            forecast=self.forecast,
         )
         self.policy.fill(draft)
         plan = draft.freeze(self._next_step)
@@ -192,7 +172,7 @@ class Scheduler:
             return plan
         self._next_step += 1  # empty plans take no number
         self._batches += bool(plan.chunks)
-        self._flights.append(_Flight(plan, draft))
+        self._flights.append(Flight(plan, draft))
         if self.ahead:
             self._advance(plan)
         return plan
@@ -221,7 +201,7 @@ class Scheduler:
         if not self._flights:
             raise InvariantError(f"result of step {result.step_id}, but no step is in flight")
         flight = self._flights[0]
-        self._verify(flight, result)
+        flight.verify(result)
         self._flights.popleft()
         plan = flight.plan
         self._batches -= bool(plan.chunks)
@@ -245,22 +225,6 @@ class Scheduler:
             self._end(ended)
         self._note(flight, result, sampled, len(ended))
         return updates
-
-    def _verify(self, flight: _Flight, result: StepResult) -> None:
-        """Raise InvariantError unless the result answers this plan; nothing has changed then."""
-        plan = flight.plan
-        if plan.step_id != result.step_id:
-            raise InvariantError(f"result of step {result.step_id}, step {plan.step_id} is awaited")
-        answers = len(result.tokens)
-        if result.refused or result.failed:
-            samples = {chunk.seq_id: chunk.samples for chunk in plan.chunks}
-            lost = {*result.refused, *(failure.seq_id for failure in result.failed)}
-            if not lost <= samples.keys():
-                raise InvariantError(f"step {plan.step_id} answers for sequences that are not in it")
-            answers += sum(samples[seq_id] for seq_id in lost)
-        sampling = len(plan.chunks) - len(flight.unsampled)
-        if answers != sampling:
-            raise InvariantError(f"step {plan.step_id} has {sampling} sampling chunks and {answers} answers")
 
     def _take_tokens(self, result: StepResult, updates: list[Update]) -> list[Sequence]:
         """Append sampled tokens to their sequences and news to `updates`. Returns who ended. The hot loop."""
@@ -347,8 +311,9 @@ class Scheduler:
                 self._fail(sequence, f"memory for {tokens} tokens was refused {times} times with nothing else running")
                 continue
             self.queues.running.remove(sequence)
-            self.ledger.release(sequence.seq_id)
-            self._releases.append(sequence.seq_id)
+            self._give_back(sequence.seq_id)
+            if self.forecast is not None:
+                self.forecast.lost(sequence.seq_id)
             sequence.restart()
             requeue(self.queues, self.ledger, sequence)
             self.totals["preempted"] += 1
@@ -376,8 +341,9 @@ class Scheduler:
         """Sequences that finished in a commit: memory back now, slots with the next plan."""
         for sequence in ended:
             sequence.status = Status.FINISHED
-            self.ledger.release(sequence.seq_id)
-            self._releases.append(sequence.seq_id)
+            self._give_back(sequence.seq_id)
+            if self.forecast is not None:
+                self.forecast.ended(sequence, by_itself=sequence.stop_reason(sequence.outputs[-1]) == "stop")
             self._forget(sequence)
         finished = Status.FINISHED
         self.queues.running = [sequence for sequence in self.queues.running if sequence.status is not finished]
@@ -389,10 +355,16 @@ class Scheduler:
             self.queues.waiting.remove(sequence)
         else:
             self.queues.running.remove(sequence)
-            self.ledger.release(sequence.seq_id)
-            self._releases.append(sequence.seq_id)
+            self._give_back(sequence.seq_id)
+            if self.forecast is not None:
+                self.forecast.ended(sequence, by_itself=False)
         sequence.status = Status.FINISHED
         self._forget(sequence)
+
+    def _give_back(self, seq_id: int) -> None:
+        """Memory back now, the slot with the next plan."""
+        self.ledger.release(seq_id)
+        self._releases.append(seq_id)
 
     def _forget(self, sequence: Sequence) -> None:
         del self._live[sequence.seq_id]
@@ -410,33 +382,12 @@ class Scheduler:
         """Submitted plans whose results are awaited."""
         return len(self._flights)
 
-    def _note(self, flight: _Flight, result: StepResult, sampled: int, finished: int) -> None:
+    def _note(self, flight: Flight, result: StepResult, sampled: int, finished: int) -> None:
         """Write the step's record and add it to the totals."""
-        plan, ledger = flight.plan, self.ledger
-        prefills, prefill_tokens = flight.prefills, flight.prefill_tokens
-        decodes = len(plan.chunks) - prefills
-        self.records.append(
-            StepRecord(
-                plan.step_id,
-                flight.planned_s,
-                prefills,
-                prefill_tokens,
-                decodes,
-                flight.running,
-                flight.waiting,
-                len(plan.preempted),
-                len(plan.ignored),
-                flight.reserved_groups,
-                ledger.total_groups,
-                sampled,
-                len(result.tokens) - sampled,
-                len(result.refused),
-                finished,
-            )
-        )
-        totals = self.totals
+        self.records.append(flight.record(result, sampled, finished))
+        ledger, totals = self.ledger, self.totals
         totals["steps"] += 1
-        totals["tokens_run"] += prefill_tokens + decodes
+        totals["tokens_run"] += flight.num_tokens
         totals["outputs"] += sampled
         if not result.refused and ledger.withheld_groups:
             self._calm_steps += 1
@@ -456,6 +407,9 @@ class Scheduler:
             "ledger_groups_reserved": ledger.reserved_groups,
             "ledger_groups_withheld": ledger.withheld_groups,
         }
+        if self.forecast is not None:
+            now |= self.forecast.stats()
+            now["over_commit_groups"] = max(0, now["expected_growth_groups"] - ledger.free_groups)
         return now | {f"{name}_total": count for name, count in self.totals.items()}
 
     def check(self) -> None:
@@ -478,4 +432,6 @@ class Scheduler:
         for sequence in () if self.ahead else running:
             if (sequence.status is Status.IN_FLIGHT) != ((sequence.seq_id, sequence.epoch) in in_flight):
                 raise InvariantError(f"{sequence!r} is in flight: {(sequence.seq_id, sequence.epoch) in in_flight}")
+        if self.forecast is not None:
+            self.forecast.check([sequence.seq_id for sequence in running])
         self.ledger.check({s.seq_id: s.computed if s.status is Status.DECODING else s.goal for s in running})

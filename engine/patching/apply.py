@@ -21,7 +21,7 @@ import numpy as np
 from engine.core.errors import ConfigError, LoadError
 from engine.loading.resolve import resolve_model
 from engine.loading.weights import WeightSource, open_weights
-from engine.patching.artefact import FOLDER_NAME, Artefact, find, read, write
+from engine.patching.artefact import Artefact, read, write
 from engine.patching.config_ids import IdMap, remap_ids
 from engine.patching.embeddings import METHODS, NUMPY_DTYPES, Method, Side, patched_matrix
 from engine.patching.model_folder import (
@@ -35,6 +35,7 @@ from engine.patching.model_folder import (
     scratch_beside,
     write_weights,
 )
+from engine.patching.place import FOLDER_NAME, find
 from engine.tokenization.jsonfile import read_object, write_object
 
 INPUT_ENDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")

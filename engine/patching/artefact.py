@@ -31,18 +31,15 @@ from engine.patching.errors import (
     TruncatedFile,
     UnknownVersion,
 )
+from engine.patching.place import ARRAYS_NAME, JSON_NAME, MAX_JSON_BYTES
 from engine.tokenization.jsonfile import read_object
 
 FORMAT, VERSION = "tessera-patch", 1
-JSON_NAME, ARRAYS_NAME = "patch.json", "patch.safetensors"
-FOLDER_NAME = "patch"
-"""The subfolder of a model folder that holds its artefact."""
 
 CONFIG_MARK = "tessera_patch"
 """The key of config.json that says: the ids in this file and generation_config.json are patched ids."""
 
 KINDS = ("patch", "appended-merges")
-MAX_JSON_BYTES = 16 << 20
 MAX_ARRAYS_BYTES = 256 << 20
 MAX_VOCAB = 1 << 24
 _ARRAYS = ("merges", "new_id_of", "ngram_ids", "ngram_offsets", "ngram_parts", "old_offsets", "old_parts",
@@ -169,14 +166,6 @@ def read(folder: str | Path, base_tokenizer_folder: str | Path | None = None,
         raise ArraysMismatch(f"{place / JSON_NAME}: its sha256 is not that of the vocabulary beside it; "
                              "one of the two files was changed")
     return artefact
-
-
-def find(folder: str | Path) -> Path | None:
-    """Where a folder keeps an artefact: itself or its subfolder `patch`; None = neither."""
-    for place in (Path(folder), Path(folder) / FOLDER_NAME):
-        if (place / JSON_NAME).is_file():
-            return place
-    return None
 
 
 def _to_arrays(artefact: Artefact) -> dict[str, npt.NDArray[np.int32]]:

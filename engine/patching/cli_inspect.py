@@ -7,10 +7,11 @@ import json
 from collections import Counter
 from pathlib import Path
 
-from engine.patching.artefact import find, read
+from engine.patching.artefact import read
 from engine.patching.base import load_base
 from engine.patching.errors import MissingFile
 from engine.patching.invariants import dead_ngrams
+from engine.patching.place import find
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

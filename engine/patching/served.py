@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from engine.core.errors import LoadError
 from engine.loading.spec import ModelSpec
-from engine.patching.artefact import CONFIG_MARK, FOLDER_NAME, JSON_NAME, Artefact, find, read
+from engine.patching.artefact import CONFIG_MARK, Artefact, read
 from engine.patching.config_ids import IdMap
 from engine.patching.errors import BaseMismatch, MissingFile
 from engine.patching.invariants import check_rows
+from engine.patching.place import FOLDER_NAME, JSON_NAME, find
 from engine.tokenization.jsonfile import read_optional_object
 
 if TYPE_CHECKING:

@@ -34,6 +34,7 @@ from engine.patching.model_folder import (
     scratch_beside,
     write_weights,
 )
+from engine.patching.place import FOLDER_NAME, find
 from engine.patching.train_data import TokenBlocks, batched, bytes_of_ids, token_blocks
 from engine.tokenization.jsonfile import MAX_CONFIG_BYTES, read_bytes, read_object, write_object
 
@@ -191,7 +192,7 @@ def _check_rows(network: Any, tokenizer: Any, folder: Path) -> None:
 def _fingerprint(folder: Path) -> str:
     """SHA-256 of config, patch and the embedding's beginning: enough to tell models and methods of rows apart."""
     digest = hashlib.sha256(read_bytes(folder / "config.json", MAX_CONFIG_BYTES))
-    place = artefacts.find(folder)
+    place = find(folder)
     if place is not None:
         digest.update(artefacts.read(place).sha256.encode())
     for path in sorted(folder.glob("*.safetensors")):
@@ -282,9 +283,9 @@ def _write_model(folder: Path, target: Path, learned: dict[str, torch.Tensor], r
         for name in ("config.json", "generation_config.json"):
             if (folder / name).is_file():
                 shutil.copyfile(folder / name, scratch / name)
-        place = artefacts.find(folder)
+        place = find(folder)
         if place is not None:
-            artefacts.write(artefacts.read(place), scratch / artefacts.FOLDER_NAME)
+            artefacts.write(artefacts.read(place), scratch / FOLDER_NAME)
         _write_report(scratch / REPORT_FOLDER, run, report)
         publish(scratch, target)
 

@@ -7,7 +7,10 @@ and token-level cases of its merge rule. It is read where it lies; nothing of it
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import datetime
 import gzip
+import hashlib
 import json
 import statistics
 import tarfile
@@ -17,13 +20,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.core.clock import MonotonicClock
+import numpy as np
+
+from engine.core.clock import MonotonicClock, wall_s
 from engine.core.errors import ConfigError
-from engine.patching.artefact import find, read, write
+from engine.core.growth import HISTORY
+from engine.patching.artefact import read, write
 from engine.patching.base import load_base
+from engine.patching.corpus import read_documents
 from engine.patching.errors import ArtefactError
 from engine.patching.invariants import dead_ngrams
 from engine.patching.merging import Merger
+from engine.patching.place import find
+from engine.patching.reduction import LENGTHS, STATISTICS, STATISTICS_OUT
+from engine.patching.report import statistics as rho_statistics
+from engine.patching.report import table
 from engine.patching.upstream import import_upstream
 from engine.tokenization.hf import load_base_tokenizer
 from engine.tokenization.patched import PatchedTokenizer, load_patched
@@ -141,6 +152,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--against", type=Path, metavar="DIR", help="compare with the reference data of DIR")
     parser.add_argument("--text", type=Path, nargs="+", default=[], metavar="FILE",
                         help="texts that must survive encode and decode as the base leaves them")
+    parser.add_argument("--emitted", type=Path, nargs="+", default=[], metavar="FILE",
+                        help="outputs of the served model, JSON lines with `token_ids`: rho of what it emits")
+    parser.add_argument("--domain", metavar="NAME", help="measure rho of --text and --emitted under this name")
+    parser.add_argument("--store", action="store_true", help="keep the figures of --domain in the artefact")
     parser.add_argument("--speed", action="store_true", help="time encoding of --text beside the base's own")
 
 
@@ -155,9 +170,64 @@ def run(args: argparse.Namespace) -> int:
             print(f"{agreement.name}: {agreement.cases} cases, {len(agreement.differences)} differences")
             for line in agreement.differences[:10]:
                 print(f"  {line}")
+    if args.store and args.domain is None:
+        raise ConfigError("--store needs --domain NAME")
     if args.patch is not None:
         failed |= _verify_artefact(args)
+        if args.domain is not None:
+            measure_domain(args)
     return int(failed)
+
+
+def measure_domain(args: argparse.Namespace) -> None:
+    """rho of --text (side in) and of --emitted (side out): printed, and with --store kept in the artefact's meta."""
+    patch = find(args.patch)
+    assert patch is not None
+    if not (args.text or args.emitted):
+        raise ConfigError("--domain needs --text FILES or --emitted FILES to measure")
+    tokenizer = load_patched(args.base or args.patch, patch)
+    # A removed token becomes its parts; a model may spell a base token with any tokens, each of a byte at least.
+    most = {STATISTICS: max(map(len, tokenizer.artefact.removed.values()), default=1),
+            STATISTICS_OUT: tokenizer.base.max_token_bytes}  # fmt: skip
+    meta = dict(tokenizer.artefact.meta)
+    date = datetime.datetime.fromtimestamp(wall_s(), datetime.UTC).date().isoformat()
+    for key, files in ((STATISTICS, args.text), (STATISTICS_OUT, args.emitted)):
+        if not files:
+            continue
+        emitted = key == STATISTICS_OUT
+        texts, tokens = _emitted(tokenizer, files) if emitted else _encoded(tokenizer, files)
+        base = [len(row.ids) for row in tokenizer.base.backend.encode_batch_fast(texts, add_special_tokens=False)]
+        digest = hashlib.sha256("\0".join(texts).encode("utf-8", "surrogatepass")).hexdigest()
+        chars = np.array([len(text) for text in texts])
+        figures = rho_statistics(np.array(base), np.array(tokens), chars, most[key], digest)
+        meta[key] = {**meta.get(key, {}), args.domain: {**figures, "date": date}}
+        if emitted:
+            meta[LENGTHS] = base[-HISTORY:]
+        print(f"side {'out' if emitted else 'in'}:\n{table({args.domain: figures})}")
+    if args.store:
+        write(dataclasses.replace(tokenizer.artefact, meta=meta), patch)
+        print(f"stored in {patch}")
+
+
+def _encoded(tokenizer: PatchedTokenizer, files: Sequence[Path]) -> tuple[list[str], list[int]]:
+    """Documents, and the engine tokens of each."""
+    texts = list(read_documents(files))
+    return texts, [len(ids) for ids in tokenizer.encode_batch(texts, False)]
+
+
+def _emitted(tokenizer: PatchedTokenizer, files: Sequence[Path]) -> tuple[list[str], list[int]]:
+    """The text of each output, and its engine tokens without the special ones (they end it, they spell nothing)."""
+    texts, tokens = [], []
+    for file in files:
+        for number, line in enumerate(file.read_text("utf-8").splitlines(), 1):
+            try:
+                ids = json.loads(line)["token_ids"]
+                spelling = [token for token in ids if token not in tokenizer.special_ids]
+                texts.append(tokenizer.decode(spelling))
+            except (ValueError, KeyError, TypeError):
+                raise ConfigError(f"{file}:{number}: is not a JSON object with a list `token_ids`") from None
+            tokens.append(len(spelling))
+    return texts, tokens
 
 
 def _verify_artefact(args: argparse.Namespace) -> bool:

@@ -244,7 +244,7 @@ def _add_generation(app: FastAPI, services: Services) -> None:
 def _add_models(app: FastAPI, services: Services) -> None:
     def card(name: str, model: _Model) -> dict[str, Any]:
         return {"id": name, "object": "model", "created": services.created_s, "owned_by": "tessera",
-                "max_model_len": model.limits.max_model_len}  # fmt: skip
+                "max_model_len": model.limits.max_model_len, **services.card_extra}  # fmt: skip
 
     @app.get("/v1/models")
     async def models() -> Response:

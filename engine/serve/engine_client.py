@@ -180,6 +180,11 @@ class EngineClient:
             raise self.died.result()
         return answer.result()
 
+    def sampled(self, side: str, base_tokens: int, tokens: int) -> None:
+        """Tell the engine what a sampled prompt ("in") or output ("out") cost; nobody waits for it."""
+        if not self.died.done() and self._zmq_fd >= 0:
+            self._send(wire.Sampled("in" if side == "in" else "out", base_tokens, tokens))
+
     def fail_all(self, text: str, status: int) -> None:
         """End every sample with an error, here and in the engine."""
         routes, self._routes = self._routes, {}

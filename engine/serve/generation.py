@@ -23,6 +23,7 @@ from engine.serve.mailbox import Mailbox, Piece
 from engine.serve.metrics import Metrics
 
 if TYPE_CHECKING:
+    from engine.serve.reduction import ReductionSampler
     from engine.tokenization import Detokenizer
 
 
@@ -62,6 +63,7 @@ class _Sample:
     chars: int = 0  # begun in tokens whose logprobs were told
     last_s: float = 0.0
     finish_reason: str | None = None
+    output: list[int] | None = None  # every token, where it is to be counted
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +77,7 @@ class Tools:
     metrics: Metrics
     seeds: SeedSource
     base_lengths: Sequence[int] | None = None
+    sampler: ReductionSampler | None = None
 
 
 class Generation:
@@ -103,6 +106,10 @@ class Generation:
                                                     continues=True, begun=begun[i // params.n]))
             for i in range(len(prompts) * params.n)
         ]
+        if tools.sampler is not None:
+            for sample in self._samples:
+                sample.output = tools.sampler.choose()
+        self._prompts = prompts if any(sample.output is not None for sample in self._samples) else ()
         self._adds = [
             self._add(sample.request_id, prompts[i // params.n].ids, params, i % params.n, max_tokens[i // params.n],
                       priority)
@@ -201,6 +208,8 @@ class Generation:
         if sample.finish_reason is not None:
             return None
         delta = sample.detokenizer.push(piece.tokens)
+        if sample.output is not None:
+            sample.output += piece.tokens
         text, kept = delta.text, delta.num_tokens_kept if delta.stopped else len(piece.tokens)
         self._measure(sample, kept, now_s)
         if self._tools.base_lengths is not None:
@@ -217,6 +226,9 @@ class Generation:
             self._open -= 1
             self._tools.metrics.requests.labels(sample.finish_reason).inc()
             self._tools.metrics.e2e_s.observe(now_s - self._accepted_s)
+            if sample.output is not None and self._tools.sampler is not None:
+                n = len(self._samples) // len(self._prompts)
+                self._tools.sampler.ended(self._prompts[index // n].ids, sample.output)
         if not text and not logprobs and sample.finish_reason is None:
             return None
         return TextDelta(index, text, sample.finish_reason, logprobs, first_char)

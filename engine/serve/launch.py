@@ -158,6 +158,7 @@ class Supervisor:
         from engine.patching.served import announce, patch_folder
         from engine.serve.generation import Tools
         from engine.serve.ids import Limits
+        from engine.serve.reduction import ReductionSampler, context_card, context_of
         from engine.tokenization import load_tokenizer
 
         tokens = self.launch.engine.tokenizer or str(self.folder)
@@ -175,14 +176,18 @@ class Supervisor:
         services.metrics.know_pages(facts.page_bytes, facts.pages_per_group, facts.pool_groups)
         names = model_names(self.launch, self.folder)
         defaults = {name: value for name, value in dataclasses.asdict(spec.generation).items() if value is not None}
-        base_size, base_lengths = None, None
+        base_size, base_lengths, sampler = None, None, None
         artefact = getattr(tokenizer, "artefact", None)  # a patched vocabulary's
         if artefact is not None and patch is not None:
             base_size, base_lengths = artefact.base_vocab_size, [len(old) for old in artefact.old_ids]
             announce(artefact, patch, self.folder)
+            sampler = ReductionSampler(text, engine.sampled)
+        reduction, context = context_of(self.launch.engine, patch, facts.max_model_len)
+        services.card_extra = context_card(context, reduction.domain)
+        services.metrics.know_domain(reduction.domain)
         services.limits = Limits(names, facts.max_model_len, facts.vocab_size, defaults, base_size, tokenizer.to_new_id)
         services.tools = Tools(engine, tokenizer, tuple(facts.eos_ids), MonotonicClock(), services.metrics,
-                               SeedSource(self.launch.engine.seed), base_lengths)
+                               SeedSource(self.launch.engine.seed), base_lengths, sampler)
         gc.collect()
         gc.freeze()  # libraries and vocabulary: the collector need not walk them while clients wait
         engine.on_progress("ready")

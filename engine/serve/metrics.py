@@ -12,6 +12,8 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from engine.core.demand import SIDES
+
 SHORT_S = (0.001, 0.0025, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 LONG_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0)
 
@@ -23,7 +25,16 @@ GAUGES = {
     "kv_groups_in_use": ("tessera_kv_groups_in_use", "page groups that hold tokens of live samples"),
     "kv_groups_kept": ("tessera_kv_groups_kept", "page groups kept mapped after their sample ended"),
     "kv_groups_look_ahead": ("tessera_kv_groups_look_ahead", "page groups mapped ahead of need"),
+    "expected_growth_groups": ("tessera_kv_expected_growth_groups", "page groups that running samples may still ask "
+                               "for, at --admission-risk"),
+    "over_commit_groups": ("tessera_kv_over_commit_groups", "reserved and expected page groups beyond the pool"),
     "kv_mapped_bytes": ("tessera_kv_mapped_bytes", "physical KV bytes mapped"),
+}
+RHO_GAUGES = {"rho_{}": ("tessera_token_reduction_ratio", "engine tokens for a base token of the same text"),
+              "rho_{}_se": ("tessera_token_reduction_se_ratio", "standard error of it")}  # fmt: skip
+RHO_COUNTERS = {
+    "rho_{}_sampled_base_tokens_total": ("tessera_token_reduction_sampled_base_tokens", "base tokens it was seen on"),
+    "rho_{}_alarms_total": ("tessera_token_reduction_drift_alarms", "how often it left its past and began anew at 1"),
 }
 COUNTERS = {
     "preempted_total": ("tessera_preemptions", "samples that lost their memory and were recomputed"),
@@ -57,6 +68,10 @@ class Metrics:
         self._pages_mapped = Gauge("tessera_kv_pages_mapped", "physical pages mapped: used, kept and ahead", **own)
         self._pages_total = Gauge("tessera_kv_pages", "physical pages of the pool", **own)
         self._gauges = {key: Gauge(name, text, **own) for key, (name, text) in GAUGES.items()}
+        self._domain = ""
+        labels = ["domain", "side"]
+        self._rho = {key: Gauge(name, text, labels, **own) for key, (name, text) in RHO_GAUGES.items()}
+        self._rho_counts = {key: Counter(name, text, labels, **own) for key, (name, text) in RHO_COUNTERS.items()}
         self._counters = {key: Counter(name, text, **own) for key, (name, text) in COUNTERS.items()}
         self._counted: dict[str, float] = dict.fromkeys(COUNTERS, 0.0)
         for outcome in ("stop", "length", "abort", "error"):
@@ -67,6 +82,10 @@ class Metrics:
         self._page_bytes, self._pages_per_group = page_bytes, pages_per_group
         self._pages_total.set(pool_groups * pages_per_group)
 
+    def know_domain(self, name: str) -> None:
+        """Whose figures rho begins with."""
+        self._domain = name
+
     def take_stats(self, values: Mapping[str, float]) -> None:
         """Take over what the engine reported: gauges as they are, counters by their increase."""
         for key, gauge in self._gauges.items():
@@ -76,11 +95,20 @@ class Metrics:
             self._pages_total.set(values["ledger_groups_total"] * self._pages_per_group)
         self._pages_used.set(values.get("kv_groups_in_use", 0.0) * self._pages_per_group)
         self._pages_mapped.set(values.get("kv_mapped_bytes", 0.0) / self._page_bytes)
+        for side in SIDES if "rho_in" in values else ():
+            for key, gauge in self._rho.items():
+                gauge.labels(self._domain, side).set(values[key.format(side)])
+            for key, counter in self._rho_counts.items():
+                self._raise(counter.labels(self._domain, side), key.format(side), values)
         for key, counter in self._counters.items():
-            grown = values.get(key, 0.0) - self._counted[key]
-            if grown > 0:
-                counter.inc(grown)
-                self._counted[key] += grown
+            self._raise(counter, key, values)
+
+    def _raise(self, counter: Counter, key: str, values: Mapping[str, float]) -> None:
+        """Bring a counter to what the engine says it is."""
+        grown = values.get(key, 0.0) - self._counted.setdefault(key, 0.0)
+        if grown > 0:
+            counter.inc(grown)
+            self._counted[key] += grown
 
     def take_dropped_lines(self, count: int) -> None:
         """Take over how many log lines were lost since the start."""

@@ -9,6 +9,7 @@ import hashlib
 import hmac
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 from engine.core.clock import wall_s
 from engine.core.config import ServerConfig
@@ -58,6 +59,7 @@ class Services:
     bodies_bytes: int = 0
     loop_lag_s: float = 0.0
     dropped_lines: Callable[[], int] = int  # log lines that could not be written
+    card_extra: dict[str, Any] = field(default_factory=dict)  # of a model's card
     created_s: int = field(default_factory=lambda: int(wall_s()))
 
     @property

@@ -130,6 +130,16 @@ class TextPool:
         deadline_s = ENCODE_DEADLINE_S + len(tokens) / ENCODE_BYTES_PER_S
         return (await self._run(wire.Decode(tokens, base), wire.Decoded, deadline_s, "tokens")).text
 
+    async def count_both(self, tokens: list[int]) -> wire.Counted:
+        """Tokens of the text of ids, in the base vocabulary and in the engine's."""
+        deadline_s = ENCODE_DEADLINE_S + len(tokens) / ENCODE_BYTES_PER_S
+        return await self._run(wire.CountBoth(tokens), wire.Counted, deadline_s, "tokens")
+
+    @property
+    def idle(self) -> bool:
+        """Whether a worker has nothing to do."""
+        return not self._idle.empty()
+
     def longest_text_bytes(self, max_tokens: int) -> int:
         """More bytes than this cannot be max_tokens tokens, whatever they say."""
         return max_tokens * self.facts.max_token_bytes

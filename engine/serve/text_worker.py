@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import resource
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -19,9 +20,18 @@ from engine.serve import child, wire
 ADDRESS_SPACE_BYTES = 8 << 30  # a template that builds a huge text meets MemoryError, not the machine's limit
 
 
+def count_both(tokenizer: Any, tokens: Sequence[int]) -> wire.Counted:
+    """Tokens of a text in the base vocabulary and in the engine's; special ones spell nothing and do not count."""
+    spelling = [token for token in tokens if token not in tokenizer.special_ids]
+    plain = getattr(tokenizer, "base", tokenizer)
+    return wire.Counted(len(plain.encode(tokenizer.decode(spelling), add_special_tokens=False)), len(spelling))
+
+
 def answer(tokenizer: Any, job: wire.ToText) -> wire.FromText:
     """Do one job. A fault of the text or the template becomes a TextError that quotes neither."""
     try:
+        if isinstance(job, wire.CountBoth):
+            return count_both(tokenizer, job.tokens)
         if isinstance(job, wire.Decode):
             decoder = getattr(tokenizer, "base", tokenizer) if job.base else tokenizer
             return wire.Decoded(decoder.decode(job.tokens, skip_special_tokens=False))

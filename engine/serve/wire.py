@@ -6,7 +6,7 @@ range fails the decoding, on whichever side the message arrives (reliability rul
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 
@@ -81,7 +81,15 @@ class Shutdown(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="shu
     """Give everything back and exit 0."""
 
 
-ToEngine = Add | Abort | SetKvLimit | Shutdown
+class Sampled(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="sampled"):
+    """A prompt (side "in") or an output ("out") has so many tokens, and its text so many in the base vocabulary."""
+
+    side: Literal["in", "out"]
+    base: Count
+    own: Count
+
+
+ToEngine = Add | Abort | SetKvLimit | Sampled | Shutdown
 
 
 class News(msgspec.Struct, frozen=True, forbid_unknown_fields=True, array_like=True):
@@ -204,7 +212,13 @@ class Decode(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="decod
     base: bool = False
 
 
-ToText = Encode | Render | Convert | Decode
+class CountBoth(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="count_both"):
+    """How many tokens the text of ids has in the base vocabulary, beside its own."""
+
+    tokens: Tokens
+
+
+ToText = Encode | Render | Convert | Decode | CountBoth
 
 
 class TextReady(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="text_ready"):
@@ -230,13 +244,20 @@ class Decoded(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="deco
     text: Annotated[str, msgspec.Meta(max_length=64 << 20)]
 
 
+class Counted(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="counted"):
+    """Tokens of a text in the base vocabulary and in the engine's."""
+
+    base: Count
+    own: Count
+
+
 class TextError(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="text_error"):
     """This job failed; the message is fit for the client (it never quotes the prompt)."""
 
     text: Note
 
 
-FromText = TextReady | Encoded | Decoded | TextError
+FromText = TextReady | Encoded | Decoded | Counted | TextError
 
 
 encode = msgspec.msgpack.Encoder().encode

@@ -69,8 +69,8 @@ def run(
         seconds = clock.now_s() - start_s
     _check(workload, timelines)
     after = engine.stats()
-    return Run(timelines, seconds, after["steps_total"] - before["steps_total"],
-               after["preempted_total"] - before["preempted_total"], len(seen), step_s)  # fmt: skip
+    return Run(timelines, seconds, int(after["steps_total"] - before["steps_total"]),
+               int(after["preempted_total"] - before["preempted_total"]), len(seen), step_s)  # fmt: skip
 
 
 def _add(engine: EngineLoop, workload: Workload, index: int, prompt: list[int], start_s: float) -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import random
+from pathlib import Path
 
 import pytest
 
 from engine.core.plan import SampledToken, StepResult
-from scripts import bench_step, simulate
+from scripts import bench_rho, bench_step, simulate
 
 
 @pytest.mark.parametrize("policy", ["sarathi", "vllm", "orca", "faster_transformer", "simple_chunking"])
@@ -22,6 +23,30 @@ def test_simulated_days_keep_their_promises(
     numbers = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert numbers["finished"] + numbers["aborted"] + numbers["failed"] == 120
     assert numbers["aborted"] > 0
+
+
+def test_a_day_with_a_forecast_keeps_the_same_promises(capsys: pytest.CaptureFixture[str]) -> None:
+    """Aborts, refused memory and outputs that end by themselves: the forecast counts exactly what runs, after every
+    step, and preempts less often than none."""
+    flags = "--requests 150 --seed 5 --pool-tokens 5000 --max-tokens 600 --rate 200 --refuse 0.001"
+    totals = []
+    for risk in ([], ["--admission-risk", "1e-3"]):
+        assert simulate.main([*flags.split(), *risk]) == 0
+        totals.append(json.loads(capsys.readouterr().out.splitlines()[-1]))
+    assert totals[0]["preempted"] > totals[1]["preempted"]
+    assert totals[1]["aborted"] > 0 and totals[1]["refused"] > 0
+
+
+def test_knowing_rho_admits_more_at_no_more_preemptions(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """The benchmark's claim, on one small seed; its answers are checked against those of each request alone."""
+    assert bench_rho.main(["--requests", "120", "--seeds", "1", "--out", str(tmp_path / "r.json")]) == 0
+    arms = json.loads(capsys.readouterr().out.splitlines()[-1])["arms"]
+    assert arms == json.loads((tmp_path / "r.json").read_text())["arms"]
+    known, one = arms["rho known"], arms["rho = 1"]
+    assert known["running"] > 1.05 * one["running"] and known["base_tokens_per_s"] > 1.05 * one["base_tokens_per_s"]
+    assert known["preemptions"] <= one["preemptions"] < arms["no forecast"]["preemptions"]
 
 
 def test_a_simulation_notices_a_wrong_token(

@@ -13,9 +13,10 @@ import pytest
 
 from engine.core.errors import LoadError
 from engine.patching import errors
-from engine.patching.artefact import ARRAYS_NAME, JSON_NAME, Artefact, allocate, allocate_merges, find, read, write
+from engine.patching.artefact import Artefact, allocate, allocate_merges, read, write
 from engine.patching.base import BaseVocabulary, canonical_sha256, load_base
 from engine.patching.invariants import check, check_rows, dead_ngrams
+from engine.patching.place import ARRAYS_NAME, JSON_NAME, find
 from tests.patch.bases import SP_TEXT, decompositions, definition_of, small_patch
 
 

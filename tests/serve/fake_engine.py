@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from engine.core.config import EngineConfig
+from engine.core.demand import Demand
 from engine.core.errors import ConfigError, RequestError
 from engine.core.plan import Update
 from engine.core.request import Request
@@ -40,6 +41,7 @@ class FakeLoop:
 
     def __init__(self) -> None:
         self.live: dict[str, Live] = {}
+        self.demand = Demand()
         self.ended = 0
         self.count = 0
 
@@ -87,8 +89,12 @@ class FakeLoop:
                 del self.live[name]
         return updates
 
+    def observe(self, side: str, base_tokens: int, tokens: int) -> None:
+        self.demand.observe(side, base_tokens, tokens)
+
     def stats(self) -> dict[str, Any]:
-        return {"running": len(self.live), "waiting": 0, "kv_groups_in_use": len(self.live)}
+        seen = self.demand.stats() if self.demand.sides["out"].documents else {}
+        return {"running": len(self.live), "waiting": 0, "kv_groups_in_use": len(self.live), **seen}
 
     def close(self) -> None:
         self.live.clear()
