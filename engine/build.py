@@ -31,6 +31,7 @@ from engine.parts.dummy import dummy_weights
 from engine.parts.kernel_set import kernel_sets
 from engine.parts.parts import Parts
 from engine.runner.batch import Row, pack
+from engine.runner.device_sampler import DeviceSampler
 from engine.runner.graphs import DecodeGraphs
 from engine.runner.runner import Runner
 from engine.runner.sampler import Sampler
@@ -176,7 +177,8 @@ def build_runner(
             on_tensor=count,
         )
         model = models[spec.architecture](parts)
-    return Runner(model, store, Sampler(spec.vocab, kernel_set.argmax), device)
+    sampler = (DeviceSampler if device.type == "cuda" else Sampler)(spec.vocab, kernel_set.argmax)
+    return Runner(model, store, sampler, device)
 
 
 def set_threads(threads: int, kernel_name: str) -> None:
@@ -252,8 +254,9 @@ def prepare_gpu(runner: Runner, config: EngineConfig, pool_groups: int, progress
     with torch.inference_mode():
         runner.model(pack([Row(slot, 0, [0] * tokens, True)]).to(runner.device))
         if not config.enforce_eager:
+            assert isinstance(runner.sampler, DeviceSampler)
             graphs = DecodeGraphs(
-                runner.model, runner.newest, runner.sampler.argmax, runner.device, min(config.max_num_seqs, 512)
+                runner.model, runner.newest, runner.sampler, runner.device, min(config.max_num_seqs, 512)
             )
             graphs.capture(progress)
             runner.graphs = graphs

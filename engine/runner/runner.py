@@ -15,6 +15,7 @@ from engine.core.plan import Admission, Chunk, Failure, SampledToken, StepPlan, 
 from engine.kv.store import KvStore
 from engine.models import Model
 from engine.runner.batch import Batch, Row, pack
+from engine.runner.device_sampler import DeviceSampler
 from engine.runner.graphs import DecodeGraphs
 from engine.runner.newest import NewestTokens
 from engine.runner.sampler import Pick, Sampler
@@ -49,7 +50,7 @@ class Runner:
         self,
         model: Model,
         store: KvStore,
-        sampler: Sampler,
+        sampler: Sampler | DeviceSampler,
         device: torch.device = torch.device("cpu"),  # noqa: B008  a constant
     ) -> None:
         self.model, self.store, self.sampler, self.device = model, store, sampler, device
@@ -113,8 +114,8 @@ class Runner:
 
     def _sample(self, host: Batch, picks: list[Pick]) -> torch.Tensor | None:
         """(R,) ids on the device, noted as the newest of their slots; None when nothing is sampled."""
-        if self.graphs is not None and self.graphs.fits(host) and all(pick.greedy for pick in picks):
-            return self.graphs(host)
+        if self.graphs is not None and self.graphs.fits(host, picks):
+            return self.graphs(host, picks)
         batch = host.to(self.device)
         batch.tokens = self.newest.resolve(batch)
         logits = self.model(batch)  # (R, V)
