@@ -32,10 +32,10 @@ POLICIES = tuple(Registry[object]("policy", "engine.core.policies").names())
 BACKENDS = ("auto", *Registry[object]("attention backend", "engine.attention").names())
 POLICIES_WITHOUT_CHUNKS = ("orca", "faster_transformer")
 _NOT_BUILT = "is not built; use auto"
-_NO_BLOCKS = "reads block tables, and every request here is contiguous; use auto"
 REFUSED_BACKENDS = {
-    **dict.fromkeys(("fi_vattn", "fa3_vattn", "fa_vattn_sync", "fi_vattn_sync"), _NOT_BUILT),
-    **dict.fromkeys(("triton_paged", "fi_paged", "fa_paged", "flashinfer", "flash_attn"), _NO_BLOCKS),
+    **dict.fromkeys(("fa3_vattn", "fa_vattn_sync", "fi_vattn_sync"), _NOT_BUILT),
+    **dict.fromkeys(("flashinfer", "flash_attn"), "is called fi_paged or fa_paged here (block tables), or fi_vattn or "
+                    "fa_vattn (contiguous)"),
 }
 
 # Flags of related engines whose meaning cannot be honoured: refused by name, never ignored.

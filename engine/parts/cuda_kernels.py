@@ -95,7 +95,8 @@ class CudaLayer:
     def _attend(self, qkv: torch.Tensor, batch: Batch) -> torch.Tensor:
         """qkv (N, (H + 2G) * D) or its parts -> (N, H * D); keys and values are stored."""
         a = self._attention
-        q = self._rope_store(qkv, a.rope, batch.positions, batch.token_slots, a.k, a.v, a.heads, pdl=self._qkv.pdl)
+        slots, rows = batch.places
+        q = self._rope_store(qkv, a.rope, batch.positions, slots, a.k, a.v, a.heads, rows=rows, pdl=self._qkv.pdl)
         return a.backend.attend(q, a.k, a.v, batch, a.window)
 
     def __call__(self, hidden: torch.Tensor, batch: Batch) -> torch.Tensor:
@@ -164,7 +165,8 @@ class CudaKernels:
         self, qkv: torch.Tensor, rope: torch.Tensor, batch: Batch, k: torch.Tensor, v: torch.Tensor, heads: int
     ) -> torch.Tensor:
         """See KernelSet. A token whose slot is -1 stores nothing."""
-        return self._rope_store(qkv, rope, batch.positions, batch.token_slots, k, v, heads)
+        slots, rows = batch.places
+        return self._rope_store(qkv, rope, batch.positions, slots, k, v, heads, rows=rows)
 
     def argmax(self, logits: torch.Tensor) -> torch.Tensor:
         """See KernelSet."""

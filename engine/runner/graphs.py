@@ -41,8 +41,16 @@ class DecodeGraphs:
     """Decode steps of up to `most` sequences, sampled by any rules. Capture once, before serving."""
 
     def __init__(
-        self, model: Model, newest: NewestTokens, sampler: DeviceSampler, device: torch.device, most: int
+        self,
+        model: Model,
+        place: Callable[[Batch], Batch],
+        newest: NewestTokens,
+        sampler: DeviceSampler,
+        device: torch.device,
+        most: int,
     ) -> None:
+        """place: as KvStore.place. most: sequences of the largest graph."""
+        self._place = place
         self._model, self._newest, self._argmax, self._device = model, newest, sampler.argmax, device
         self._sizes = graph_sizes(most)
         self._rules = GraphRules(most, sampler.vocab, device)
@@ -98,7 +106,7 @@ class DecodeGraphs:
 
     def _step(self, batch: Batch) -> torch.Tensor:
         known = replace(batch, tokens=self._newest.resolve(batch))
-        picked = choose(self._model(known), self._rules.table[: batch.num_tokens], self._argmax)
+        picked = choose(self._model(self._place(known)), self._rules.table[: batch.num_tokens], self._argmax)
         self._newest.note(batch, picked)
         return picked
 

@@ -52,8 +52,12 @@ class Runner:
         store: KvStore,
         sampler: Sampler | DeviceSampler,
         device: torch.device = torch.device("cpu"),  # noqa: B008  a constant
+        *,
+        replayable: bool = False,
     ) -> None:
+        """replayable: whether a CUDA graph may hold this model's decodes (Caps.graphs)."""
         self.model, self.store, self.sampler, self.device = model, store, sampler, device
+        self.replayable = replayable
         self.newest = NewestTokens(store.geometry.slots, device)
         self.graphs: DecodeGraphs | None = None
         self._sequences: dict[int, _Sequence] = {}
@@ -118,7 +122,7 @@ class Runner:
             return self.graphs(host, picks)
         batch = host.to(self.device)
         batch.tokens = self.newest.resolve(batch)
-        logits = self.model(batch)  # (R, V)
+        logits = self.model(self.store.place(batch))  # (R, V)
         if not picks:
             return None
         picked = self.sampler(logits, picks)

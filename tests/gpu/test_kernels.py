@@ -5,12 +5,16 @@ Without a GPU they run under Triton's interpreter: TRITON_INTERPRET=1 python -m 
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
 pytest.importorskip("triton")
 import triton
 
+from engine.attention.base import backends
 from scripts import gpu_checks as checks
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
@@ -68,14 +72,41 @@ def test_decode_in_a_graph(dtype: torch.dtype) -> None:
     judge(checks.check_graph(checks.Bench(DEVICE, dtype)))
 
 
-@pytest.mark.parametrize("name", ["triton_vattn", "fa_vattn"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("window", [0, 50])
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), HEADS[:1] if INTERPRETED else HEADS)
+def test_hybrid(dtype: torch.dtype, window: int, heads: int, kv_heads: int, dim: int) -> None:
+    """Prompts and decodes in one launch, tickets and counters back at zero."""
+    judge(checks.check_hybrid(checks.Bench(DEVICE, dtype), heads, kv_heads, dim, window))
+
+
+def skip_without(name: str) -> None:
+    """Skip what this machine cannot run; the interpreter runs our own kernels."""
+    missing = backends[name].missing()
+    if missing and not (INTERPRETED and name.startswith("triton")):
+        pytest.skip(missing)
+
+
+@pytest.mark.parametrize("name", [name for name in backends if not name.startswith(("cpu", "torch"))])
 def test_backends(name: str) -> None:
     """Hybrid batches split into prompts and decodes and come back in one piece."""
-    from engine.attention.base import backends
-
-    missing = backends[name].missing()
-    if missing and not (INTERPRETED and name == "triton_vattn"):
-        pytest.skip(missing)
+    skip_without(name)
     dtype = torch.float16 if INTERPRETED else torch.bfloat16
     heads, kv_heads, dim = (4, 2, 64) if INTERPRETED else (32, 8, 128)
     judge(checks.check_backend(checks.Bench(DEVICE, dtype), name, heads, kv_heads, dim))
+
+
+@pytest.mark.parametrize("layout", ["mega", "per_layer"])
+@pytest.mark.parametrize("name", ["triton_vattn", "fa_vattn", "fi_vattn"])
+def test_nothing_past_a_length_is_read(name: str, layout: str) -> None:
+    """Real slabs with pages up to the last token only, in a process of its own: a fault would end it."""
+    skip_without(name)
+    code = f"from tests.gpu.test_kernels import *; judge(tail({name!r}, {layout!r}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, f"status {done.returncode}: {done.stderr[-1500:]}"
+
+
+def tail(name: str, layout: str) -> checks.Found:
+    """check_tail on this machine's terms."""
+    heads, kv_heads, dim = (4, 2, 64) if INTERPRETED else (32, 8, 128)
+    return checks.check_tail(checks.Bench(DEVICE, DTYPES[1]), name, layout, heads, kv_heads, dim)
