@@ -111,10 +111,13 @@ def choose_backend(asked: str, device: str, dtype: str, head_dim: int, measured:
     slabs = [name for name in fitting if not backends[name].caps.paged]
     if not slabs:
         raise ConfigError(f"no attention backend fits {device}, {dtype}, head size {head_dim}: {reasons}")
-    times = {phase: {n: us for n, us in (measured or {}).get(phase, {}).items() if n in slabs} for phase in PHASES}
-    prefill, decode = (min(slabs, key=lambda name: times[phase].get(name, float("inf"))) for phase in PHASES)
+    # a backend that no graph can replay would cost decodes more than its kernels gain
+    able = {"prefill": slabs, "decode": [name for name in slabs if backends[name].caps.graphs] or slabs}
+    known = measured or {}
+    times = {phase: {n: us for n, us in known.get(phase, {}).items() if n in able[phase]} for phase in PHASES}
+    prefill, decode = (min(able[phase], key=lambda name: times[phase].get(name, float("inf"))) for phase in PHASES)
     decodes = times["decode"]
-    if not decodes or decodes.get(prefill, float("inf")) <= NEAR * decodes[decode]:
+    if (not decodes and prefill in able["decode"]) or decodes.get(prefill, float("inf")) <= NEAR * decodes[decode]:
         decode = prefill
     lost = {
         name: why or [_slower(name, {"prefill": prefill, "decode": decode}, times)]

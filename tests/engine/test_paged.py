@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import sys
 from types import SimpleNamespace
@@ -191,14 +192,16 @@ def test_flashinfer_is_told_the_right_tables(monkeypatch: pytest.MonkeyPatch, ch
         assert FakeWrapper.plans == 2 * phases
 
 
-def test_auto_takes_what_was_measured_faster() -> None:
+def test_auto_takes_what_was_measured_faster(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each phase by its times; one backend for both where it is as fast within 2 %; by rank where nothing was measured;
-    never one with block tables; and every loser has its reason."""
+    never one with block tables, nor for decodes one that no graph can replay; and every loser has its reason."""
     asked = ("auto", "cpu", "float32", 64)
     assert choose_backend(*asked)[:2] == ("cpu_vattn", "cpu_vattn")
     times = {"prefill": {"torch_vattn": 50.0, "cpu_vattn": 90.0, "torch_paged": 1.0}, "decode": {"cpu_vattn": 10.0}}
     assert choose_backend(*asked, times)[:2] == ("torch_vattn", "cpu_vattn")
     times["decode"]["torch_vattn"] = 10.1
+    assert choose_backend(*asked, times)[:2] == ("torch_vattn", "cpu_vattn")
+    monkeypatch.setattr(TorchVattn, "caps", dataclasses.replace(TorchVattn.caps, graphs=True))
     prefill, decode, lost = choose_backend(*asked, times)
     assert (prefill, decode) == ("torch_vattn", "torch_vattn")
     assert lost["cpu_vattn"] == ["prefill 90 us, torch_vattn 50 us, decode 10 us, torch_vattn 10 us"]
