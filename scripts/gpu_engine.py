@@ -1,7 +1,8 @@
 """The whole engine on a GPU, offline: a Llama-3-8B shape with random weights through the workloads of the peer.
 
 `python -m scripts.gpu_engine [--workload single,decode_heavy,chat,long] [--json FILE]`. Greedy, fixed output lengths,
-prefix cache off. `check` compares a tiny random checkpoint with transformers first. The last line is one JSON object.
+prefix cache off. idle1, idle64, ... profile so many decoding sequences. The JSON is written after each workload; the
+last line is one JSON object. scripts.gpu_correctness says whether what is measured is right.
 """
 
 from __future__ import annotations
@@ -69,74 +70,82 @@ def run(engine: EngineLoop, work: Workload) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def check() -> str:
-    """Greedy tokens of a tiny random Llama in float32 against transformers, TF32 off, through graphs and chunks."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+def idle(engine: EngineLoop, sequences: int, steps: int = 40) -> dict[str, Any]:
+    """Where a step's time goes while `sequences` decode: per cent of the time in which no kernel ran, the kernels that
+    took most of the rest (per cent, calls a step), and the host's time to plan and launch a step in milliseconds."""
+    from torch.profiler import ProfilerActivity, profile
 
-    torch.backends.cuda.matmul.allow_tf32 = False
-    config = LlamaConfig(
-        vocab_size=512, hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=64, max_position_embeddings=512, initializer_range=0.2,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    judge = LlamaForCausalLM(config).float().eval()
-    with tempfile.TemporaryDirectory() as folder:
-        judge.save_pretrained(folder)
-        judge = judge.cuda()
-        results = []
-        for settings in ({}, {"enforce_eager": True}, {"kv_layout": "per_layer"}, {"chunk_tokens": 7}):
-            engine = build_engine(
-                EngineConfig(model=folder, dtype="float32", kv_pool_bytes=1 << 30, max_num_seqs=16, **settings)
-            )
-            prompts = [[(7 * i + j * j) % 512 for j in range(1 + 13 * i)] for i in range(16)]
-            params = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
-            out: dict[str, list[int]] = {}
-            for i, prompt in enumerate(prompts):
-                engine.add(Request(f"{i}", tuple(prompt), params, 0.0))
-                out[f"{i}"] = []
-            while engine.has_work:
-                for update in engine.step():
-                    out[update.request_id] += update.tokens
-            engine.close()
-            wrong = 0
-            for i, prompt in enumerate(prompts):
-                with torch.inference_mode():
-                    ids = torch.tensor([[*prompt, *out[f"{i}"][:-1]]], device="cuda")
-                    best = judge(ids).logits[0, len(prompt) - 1 :].argmax(-1).tolist()
-                wrong += sum(a != b for a, b in zip(best, out[f"{i}"], strict=True))
-            results.append(f"{settings}: {wrong} wrong of {24 * 16}")
-    return "; ".join(results)
+    for i in range(sequences):
+        params = SamplingParams(temperature=0.0, max_tokens=4 * steps, ignore_eos=True)
+        engine.add(Request(f"idle{i}", tuple(range(3, 131)), params, 0.0))
+    while engine.scheduler.queues.waiting or engine.scheduler.totals["outputs"] < sequences:
+        engine.step()
+    for _ in range(10):
+        engine.step()
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        start = perf_counter()
+        for _ in range(steps):
+            engine.step()
+        seconds = perf_counter() - start
+        torch.cuda.synchronize()
+    kernels = sorted((e.time_range.start, e.time_range.end, e.name) for e in seen.events()
+                     if e.device_type == torch.autograd.DeviceType.CUDA)  # fmt: skip
+    for i in range(sequences):
+        engine.abort(f"idle{i}")
+    while engine.has_work:
+        engine.step()
+    busy, reached = 0.0, kernels[0][0]
+    share: dict[str, tuple[float, int]] = {}  # kernel -> microseconds, calls
+    for begin, end, name in kernels:
+        busy += max(0.0, end - max(begin, reached))
+        reached = max(reached, end)
+        total, calls = share.get(name, (0.0, 0))
+        share[name] = (total + end - begin, calls + 1)
+    span = reached - kernels[0][0]
+    top = sorted(share.items(), key=lambda item: -item[1][0])[:12]
+    return {
+        "idle_percent": round(100 * (1 - busy / span), 2), "ms_per_step": round(seconds / steps * 1e3, 3),
+        "kernels": {name[:60]: [round(100 * us / span, 1), round(n / steps, 1)] for name, (us, n) in top},
+    }  # fmt: skip
 
 
 def main() -> None:
-    """Check, build, run."""
+    """Build, run, write."""
     parser = argparse.ArgumentParser(prog="scripts.gpu_engine", description=__doc__)
-    parser.add_argument("--workload", default="single,decode_heavy,chat")
-    parser.add_argument("--no-check", action="store_true")
+    parser.add_argument("--workload", default="single,idle1,idle64,decode_heavy,chat")
     parser.add_argument("--chunk-tokens", type=int, default=None)
+    parser.add_argument("--attention-backend", default="auto")
+    parser.add_argument("--enforce-eager", action="store_true")
     parser.add_argument("--json", type=Path, default=None)
     args = parser.parse_args()
     record: dict[str, Any] = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}
-    if not args.no_check:
-        record["check"] = check()
-        print("check:", record["check"], flush=True)
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "config.json").write_text(json.dumps(LLAMA3_8B))
         start = perf_counter()
         engine = build_engine(
             EngineConfig(
-                model=folder, load_format="dummy", max_model_len=16384, max_num_seqs=512, chunk_tokens=args.chunk_tokens
+                model=folder,
+                device="cuda",
+                load_format="dummy",
+                max_model_len=16384,
+                max_num_seqs=512,
+                chunk_tokens=args.chunk_tokens,
+                attention_backend=args.attention_backend,
+                enforce_eager=args.enforce_eager,
             )
         )
         record["startup_s"] = perf_counter() - start
         print(f"built in {record['startup_s']:.1f} s; {engine.stats()['kv_groups_total']} groups", flush=True)
         for name in args.workload.split(","):
-            run(engine, workloads(name)[:8])
-            record[name] = run(engine, workloads(name))
+            if name.startswith("idle"):
+                record[name] = idle(engine, int(name.removeprefix("idle")))
+            else:
+                run(engine, workloads(name)[:8])
+                record[name] = run(engine, workloads(name))
             print(name, json.dumps(record[name]), flush=True)
+            if args.json:
+                args.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         engine.close()
-    if args.json:
-        args.json.write_text(json.dumps(record, indent=1))
     print(json.dumps(record))
 
 
