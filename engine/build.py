@@ -19,7 +19,7 @@ from engine.core.config import DEFAULT_CPU_POOL_BYTES, EngineConfig, resolve_aut
 from engine.core.errors import ConfigError
 from engine.core.ledger import ADMISSION_RULES, KvLedger
 from engine.core.loop import EngineLoop
-from engine.core.policies import ChunkSchedule, make_policy
+from engine.core.policies import ChunkSchedule, Pace, make_policy
 from engine.core.request import SamplingParams
 from engine.core.scheduler import Scheduler
 from engine.exec.local import LocalExecutor
@@ -317,11 +317,15 @@ def build_engine(config: EngineConfig, *, kernels: str = "auto", progress: Progr
         pool_groups = prepare_gpu(runner, resolved, pool_groups, progress)
     pool_groups = within_mappings(config, pool_groups, runner.store.addressable_groups)
     ledger = KvLedger(pool_groups, geometry.groups_for, ADMISSION_RULES[resolved.admission])
+    pace = None
+    if resolved.tbt_target_ms is not None:
+        pace = Pace(resolved.tbt_target_ms / 1e3, (resolved.tbt_bound_ms or resolved.tbt_target_ms) / 1e3)
     policy = make_policy(
         resolved.scheduler,
         max_model_len=geometry.max_tokens,
         chunk_tokens=None if resolved.dynamic_chunking else resolved.chunk_tokens,
         schedule=chunk_schedule(resolved),
+        pace=pace,
     )
     scheduler = Scheduler(
         policy,
@@ -330,5 +334,6 @@ def build_engine(config: EngineConfig, *, kernels: str = "auto", progress: Progr
         max_model_len=geometry.max_tokens,
         depth=2 if resolved.device == "cuda" else 1,
         ahead=resolved.device == "cuda",
+        pace=pace,
     )
     return EngineLoop(scheduler, LocalExecutor(runner), executor_stats=runner.store.stats)

@@ -12,7 +12,7 @@ from engine.core.draft import StepDraft, requeue
 from engine.core.errors import ConfigError, InvariantError, RequestError
 from engine.core.ledger import KvLedger
 from engine.core.plan import Failure, StepPlan, StepResult, Update
-from engine.core.policies import Policy
+from engine.core.policies import Pace, Policy
 from engine.core.queues import Queues
 from engine.core.record import StepRecord
 from engine.core.request import Request
@@ -56,7 +56,8 @@ class Scheduler:
     max_num_seqs: sequences that hold memory (slots) at once. max_model_len: known tokens at which a sequence ends.
     depth: steps in flight at once. ahead=False: a sequence is in one of them only (pipeline stages). ahead=True: a step
     is planned as if the ones before it had succeeded (the executor has their tokens when it needs them); what stops
-    late costs one discarded token.
+    late costs one discarded token. pace: told how long each step with prompts or decodes behind it took, from the
+    times that plan() is given.
     Every plan that is not `is_empty` must be submitted; results must be committed in that order.
     """
 
@@ -72,6 +73,7 @@ class Scheduler:
         max_model_len: int,
         depth: int = 1,
         ahead: bool = False,
+        pace: Pace | None = None,
     ) -> None:
         for name, value in (("max_num_seqs", max_num_seqs), ("max_model_len", max_model_len), ("depth", depth)):
             if value < 1:
@@ -83,6 +85,9 @@ class Scheduler:
         self.max_model_len = max_model_len
         self.depth = depth
         self.ahead = ahead
+        self._pace = pace
+        self._ended: _Flight | None = None  # the step committed last, if somebody still ran then
+        self._end_s = 0.0  # when a committed step was last seen to have ended
         self.length_limit = min(max_model_len, ledger.fit_tokens())
         self.queues = Queues()
         self._live: dict[int, Sequence] = {}
@@ -160,6 +165,11 @@ class Scheduler:
         """The next step. Empty when `depth` steps are in flight or nothing can run now."""
         if self._batches >= self.depth:
             return StepPlan(self._next_step)
+        if self._pace is not None and self._ended is not None:
+            ended, self._ended = self._ended, None
+            # it began when it was planned, or when the step before it ended
+            self._pace.observe(ended.prefill_tokens, now_s - max(ended.planned_s, self._end_s))
+            self._end_s = now_s
         queues = self.queues
         draft = self.draft_class(
             queues,
@@ -233,6 +243,7 @@ class Scheduler:
         if ended:
             self._end(ended)
         self._note(flight, result, sampled, len(ended))
+        self._ended = flight if plan.chunks and self.queues.running else None
         return updates
 
     def _verify(self, flight: _Flight, result: StepResult) -> None:
