@@ -11,6 +11,7 @@ import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -29,12 +30,14 @@ from engine.kv.store import KvStore
 from engine.loading.spec import ModelSpec, read_config
 from engine.loading.weights import open_weights
 from engine.models import models
+from engine.parts.cuda_kernels import CudaLayer
 from engine.parts.dummy import dummy_weights
 from engine.parts.kernel_set import kernel_sets
 from engine.parts.parts import Parts
 from engine.runner.batch import Row, pack
 from engine.runner.device_sampler import DeviceSampler
 from engine.runner.graphs import DecodeGraphs
+from engine.runner.pieces import PieceGraphs
 from engine.runner.runner import Runner
 from engine.runner.sampler import Sampler
 from vattention_ext import KvAllocator, KvGeometry
@@ -42,6 +45,7 @@ from vattention_ext import KvAllocator, KvGeometry
 log = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]
+MOST_PIECE_TOKENS = 4096  # a longer step keeps the GPU busy for longer than its launches take
 STOCK_BYTES = 256 << 20  # of physical pages that a GPU's mapper keeps created ahead of need
 
 
@@ -276,7 +280,9 @@ def chunk_schedule(config: EngineConfig) -> ChunkSchedule | None:
     return ChunkSchedule(low, high, over, stages, config.chunk_schedule_budget)
 
 
-def prepare_gpu(runner: Runner, config: EngineConfig, pool_groups: int, progress: Progress | None) -> int:
+def prepare_gpu(
+    runner: Runner, spec: ModelSpec, config: EngineConfig, pool_groups: int, progress: Progress | None
+) -> int:
     """Run the largest step once, record the graphs, and size the pool by what memory is left. Returns its groups.
 
     The step's peak stays with PyTorch's allocator, so what is free afterwards is the pool's to take. An explicit pool
@@ -288,6 +294,12 @@ def prepare_gpu(runner: Runner, config: EngineConfig, pool_groups: int, progress
     with torch.inference_mode():
         step = pack([Row(slot, 0, [0] * tokens, True)]).to(runner.device)
         runner.model(store.place(step))
+        layers = getattr(runner.model, "layers", [])
+        if not config.enforce_eager and layers and all(isinstance(layer, CudaLayer) for layer in layers):
+            most = min(tokens + config.max_num_seqs, MOST_PIECE_TOKENS)
+            split: Any = runner.model
+            runner.pieces = PieceGraphs(split, runner.device, most, heads=spec.heads, head_dim=spec.head_dim)
+            runner.pieces.capture(progress)
         if not config.enforce_eager and runner.replayable:
             assert isinstance(runner.sampler, DeviceSampler)
             graphs = DecodeGraphs(
@@ -314,7 +326,7 @@ def build_engine(config: EngineConfig, *, kernels: str = "auto", progress: Progr
     runner = build_runner(spec, resolved, pool_groups, kernels=kernels, progress=progress)
     geometry = runner.store.geometry
     if resolved.device == "cuda":
-        pool_groups = prepare_gpu(runner, resolved, pool_groups, progress)
+        pool_groups = prepare_gpu(runner, spec, resolved, pool_groups, progress)
     pool_groups = within_mappings(config, pool_groups, runner.store.addressable_groups)
     ledger = KvLedger(pool_groups, geometry.groups_for, ADMISSION_RULES[resolved.admission])
     pace = None

@@ -79,8 +79,9 @@ def rope_store(
     interleaved: bool = False,
     pdl: bool = False,
     rows: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Rotates q and k, writes k and v at [slot, row], returns q (N, H, D).
+    """Rotates q and k, writes k and v at [slot, row], returns q (N, H, D), in `out` where given.
 
     qkv (N, (H + 2G) * D), or (P, N, ...) float32 parts of a product cut along K; cos_sin (P, 2, D/2) fp32; positions,
     slots_of_token, rows (N,) int32 on the device, rows the positions unless given; k_view, v_view (S, C, G, D). Pairs
@@ -108,7 +109,7 @@ def rope_store(
             and cos_sin.dtype is torch.float32 and cos_sin.is_contiguous(),
             "cos_sin is %s %s; want (P, 2, %d) torch.float32 contiguous", tuple(cos_sin.shape), cos_sin.dtype,
             half)  # fmt: skip
-    q = torch.empty((tokens, heads, slab.dim), dtype=k_view.dtype, device=qkv.device)
+    q = torch.empty((tokens, heads, slab.dim), dtype=k_view.dtype, device=qkv.device) if out is None else out
     if tokens:
         _rope_store_kernel[(tokens, triton.cdiv(heads + 2 * slab.kv_heads, _HEADS_A_PROGRAM))](
             qkv, cos_sin, positions, slots_of_token, rows, q, k_view, v_view, tokens, slab.slot_stride,

@@ -80,6 +80,8 @@ class SlotStore:
         """See KvStore."""
         slot = self.allocator.acquire(tokens)
         if not isinstance(slot, int) or self.allocator.ensure(slot, tokens) is not None:
+            if isinstance(slot, int):
+                self.allocator.release(slot)
             raise ConfigError(f"the KV pool cannot hold one step of {tokens} tokens; raise --gpu-memory-utilization")
         return slot
 

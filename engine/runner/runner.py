@@ -18,6 +18,7 @@ from engine.runner.batch import Batch, Row, pack
 from engine.runner.device_sampler import DeviceSampler
 from engine.runner.graphs import DecodeGraphs
 from engine.runner.newest import NewestTokens
+from engine.runner.pieces import PieceGraphs
 from engine.runner.sampler import Pick, Sampler
 
 
@@ -60,6 +61,7 @@ class Runner:
         self.replayable = replayable
         self.newest = NewestTokens(store.geometry.slots, device)
         self.graphs: DecodeGraphs | None = None
+        self.pieces: PieceGraphs | None = None
         self._sequences: dict[int, _Sequence] = {}
 
     def run(self, plan: StepPlan) -> StepResult:
@@ -122,7 +124,9 @@ class Runner:
             return self.graphs(host, picks)
         batch = host.to(self.device)
         batch.tokens = self.newest.resolve(batch)
-        logits = self.model(self.store.place(batch))  # (R, V)
+        batch = self.store.place(batch)
+        pieces = self.pieces
+        logits = pieces(batch) if pieces is not None and pieces.fits(batch) else self.model(batch)  # (R, V)
         if not picks:
             return None
         picked = self.sampler(logits, picks)
