@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from engine.attention import fi_vattn
 from engine.attention.base import Choice, choose_backend, make_backend
 from engine.attention.fi_paged import FiPaged
 from engine.attention.fi_vattn import FiVattn
@@ -179,6 +180,7 @@ class FakeWrapper:
 def test_flashinfer_is_told_the_right_tables(monkeypatch: pytest.MonkeyPatch, chunks: list[tuple[int, int]]) -> None:
     """A slot as one page, and blocks as they lie, planned once a step and window, not once a layer."""
     wrappers = dict.fromkeys(("BatchPrefillWithPagedKVCacheWrapper", "BatchDecodeWithPagedKVCacheWrapper"), FakeWrapper)
+    monkeypatch.setattr(fi_vattn, "_WORKSPACE_BYTES", 64)
     monkeypatch.setitem(sys.modules, "flashinfer", SimpleNamespace(**wrappers))
     store = paged_store()
     batch, q, k, v = hybrid(store, chunks)
