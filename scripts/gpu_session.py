@@ -43,12 +43,12 @@ class Part:
 
 
 KERNELS = ("torch", "triton", "numpy")
-ENGINE = (*KERNELS, "msgspec", "safetensors")
+ENGINE = (*KERNELS, "tqdm")
 PARTS = (
     Part("setup", 240, needs=()),
     Part("allocator", 90, "scripts.gpu_allocator"),
     Part("checks", 240, "scripts.gpu_kernels", ("--sections", "check"), KERNELS, True),
-    Part("correctness", 300, "scripts.gpu_correctness", ("--budget-s", "270"), ENGINE),
+    Part("correctness", 300, "scripts.gpu_correctness", ("--budget-s", "270"), (*ENGINE, "safetensors")),
     Part("attention", 200, "scripts.gpu_kernels", ("--sections", "decode,prefill"), KERNELS, True),
     Part("products", 300, "scripts.gpu_kernels", ("--sections", "gemv,gemm"), KERNELS, True),
     Part("backends", 200, "scripts.gpu_kernels", ("--sections", "phases,hybrid,sample,paged"), KERNELS, True),
@@ -115,7 +115,10 @@ class Session:
         command = [sys.executable, "-m", part.module, *part.options]
         if part.module != "scripts.gpu_allocator":
             command += ["--json", str(self.out / f"{part.name}.json")]
-        settings = self.settings_file()
+        settings, copy = self.settings_file(), self.out / "settings.json"
+        if settings is not None and copy.is_file() and not settings.is_file():  # a fresh checkout goes on here
+            TUNING.mkdir(exist_ok=True)
+            shutil.copyfile(copy, settings)
         if part.kernels and settings is not None and settings.is_file():
             command += ["--settings", str(settings)]
         return command

@@ -49,4 +49,8 @@ def test_parts_are_kept_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert kept["first"]["failures"] == ["one"]
     for place in (tmp_path / "tuning" / "some_gpu.json", tmp_path / "out" / "settings.json"):
         assert json.loads(place.read_text())["settings"] == {"decode": {"128": 1}, "gemm": {"128": 1}}
-    assert Session(tmp_path / "out", 1.0).results.keys() == kept.keys()
+    (tmp_path / "tuning" / "some_gpu.json").unlink()  # a fresh checkout that goes on with the same results
+    later = Session(tmp_path / "out", 100.0)
+    assert later.results.keys() == kept.keys()
+    assert later.run(Part("third", 30, "measured", ("sample",), (), kernels=True), 1.0)
+    assert later.results["third"]["tail"] == ["knew ['decode', 'gemm']"]
