@@ -34,6 +34,8 @@ from engine.parts.cuda_kernels import CudaLayer
 from engine.parts.dummy import dummy_weights
 from engine.parts.kernel_set import kernel_sets
 from engine.parts.parts import Parts
+from engine.patching.artefact import Artefact
+from engine.patching.served import check_weights, fit, patch_folder
 from engine.runner.batch import Row, pack
 from engine.runner.device_sampler import DeviceSampler
 from engine.runner.graphs import DecodeGraphs
@@ -244,11 +246,27 @@ def fastest_kernels(dtype: torch.dtype) -> str:
     return "cpu" if native.available(dtype) else "torch"
 
 
-def resolve(config: EngineConfig) -> tuple[EngineConfig, ModelSpec, int]:
-    """Everything that model and machine decide: (resolved config, specification, groups of the pool)."""
+def read_model(config: EngineConfig) -> tuple[ModelSpec, Artefact | None]:
+    """What config.json says of a model, and its patched vocabulary if it has one, whose ids the specification then has.
+
+    Raises LoadError (WrongRows and others, see docs/vocabularies.md) when the two do not fit.
+    """
     if config.model is None:
         raise ConfigError("no model folder; resolve_model() finds one")
     spec = read_config(Path(config.model), known=models.names())
+    folder = patch_folder(config.model, config.patch, config.tokenizer)
+    if folder is None:
+        return spec, None
+    artefact, spec = fit(config.model, folder, spec)
+    if config.load_format != "dummy":
+        with open_weights(config.model) as weights:
+            check_weights(artefact, weights)
+    return spec, artefact
+
+
+def resolve(config: EngineConfig) -> tuple[EngineConfig, ModelSpec, int]:
+    """Everything that model and machine decide: (resolved config, specification, groups of the pool)."""
+    spec, _ = read_model(config)
     resolved = resolve_auto(
         config,
         checkpoint_dtype=spec.dtype,
@@ -348,4 +366,5 @@ def build_engine(config: EngineConfig, *, kernels: str = "auto", progress: Progr
         ahead=resolved.device == "cuda",
         pace=pace,
     )
-    return EngineLoop(scheduler, LocalExecutor(runner), executor_stats=runner.store.stats)
+    store = runner.store
+    return EngineLoop(scheduler, LocalExecutor(runner), executor_stats=store.stats, limit_memory=store.set_limit)

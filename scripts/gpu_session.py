@@ -1,10 +1,10 @@
 """One command for a GPU that is here for a short while: `python -m scripts.gpu_session --out DIR [--from PART]`.
 
-Runs in order: setup, allocator, checks, correctness, attention, products, backends, layer, engine, long, sanitize,
-soak. Each part is a process of its own with a time budget; its output, a line for the table and its JSON are in DIR
-before the next begins, so a cut-off loses at most one part, and `--from PART` goes on where it was cut. What kernel
-parts measure is put into kernels/tuning/<device>.json, which later parts and the engine use; DIR/settings.json is a
-copy to keep. A part whose packages are missing says which and is passed over.
+Runs in order: setup, allocator, checks, correctness, attention, products, backends, layer, profile, single, engine,
+long, online, sanitize, soak. Each part is a process of its own with a time budget; its output, a line for the table
+and its JSON are in DIR before the next begins, so a cut-off loses at most one part, and `--from PART` goes on where
+it was cut. What kernel parts measure is put into kernels/tuning/<device>.json, which later parts and the engine use;
+DIR/settings.json is a copy to keep. A part whose packages are missing says which and is passed over.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ class Part:
 
 KERNELS = ("torch", "triton", "numpy")
 ENGINE = (*KERNELS, "tqdm")
+SHAPE = ("--shape", "llama3-8b", "--device", "cuda")
 PARTS = (
     Part("setup", 240, needs=()),
     Part("allocator", 90, "scripts.gpu_allocator"),
@@ -53,8 +54,13 @@ PARTS = (
     Part("products", 300, "scripts.gpu_kernels", ("--sections", "gemv,gemm"), KERNELS, True),
     Part("backends", 200, "scripts.gpu_kernels", ("--sections", "phases,hybrid,sample,paged"), KERNELS, True),
     Part("layer", 100, "scripts.gpu_kernels", ("--sections", "layer,rows"), KERNELS, True),
-    Part("engine", 300, "scripts.gpu_engine", ("--workload", "single,idle1,idle64,decode_heavy,chat"), ENGINE),
-    Part("long", 150, "scripts.gpu_engine", ("--workload", "long", "--chunk-tokens", "2048"), ENGINE),
+    Part("profile", 120, "scripts.gpu_profile", (), ENGINE),
+    Part("single", 100, "scripts.bench", ("latency", *SHAPE, "--runs", "3", "--workload", "single_stream"), ENGINE),
+    Part("engine", 300, "scripts.bench", ("throughput", *SHAPE, "--runs", "1", "--max-num-seqs", "512", "--workload",
+                                          "decode_heavy,offline_chat"), ENGINE),
+    Part("long", 150, "scripts.bench", ("throughput", *SHAPE, "--runs", "1", "--chunk-size", "2048", "--workload",
+                                        "offline_long"), ENGINE),
+    Part("online", 120, "scripts.bench", ("serve", *SHAPE, "--runs", "1"), ENGINE),
     Part("sanitize", 110, "scripts.gpu_allocator", ("--sanitize",)),
     Part("soak", 520, "scripts.gpu_soak", ("--seconds", "480"), ENGINE),
 )

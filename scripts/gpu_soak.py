@@ -22,7 +22,7 @@ from engine.build import build_engine
 from engine.core.config import EngineConfig
 from engine.core.loop import EngineLoop
 from engine.core.request import Request, SamplingParams
-from scripts.gpu_engine import LLAMA3_8B
+from scripts.benching.shapes import write_folder
 
 REPORT_S = 10.0
 SETTLE_S = 60.0  # after which requests that still run are aborted
@@ -115,8 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as scratch:
         model = asked.model
         if model is None:
-            model = scratch
-            Path(scratch, "config.json").write_text(json.dumps(LLAMA3_8B), encoding="utf-8")
+            model = str(write_folder("llama3-8b", Path(scratch)))
         engine = build_engine(EngineConfig(
             model=model, device=asked.device, load_format="auto" if asked.model else "dummy",
             gpu_memory_utilization=asked.gpu_memory_utilization, kv_pool_bytes=asked.kv_pool_bytes,

@@ -59,6 +59,9 @@ class EngineConfig:
         help="folder (config.json, tokenizer.json, *.safetensors), .gguf file or model hub id")
     tokenizer: str | None = knob(
         None, group="model", default_text="the model's", help="folder with another tokenizer.json")
+    patch: str | None = knob(
+        None, group="model", aliases=("patch-tokenizer-path",), default_text="the model folder's patch/, if it has one",
+        help="folder of a patched vocabulary (docs/vocabularies.md) that the model was made for")
     dtype: str = knob(
         "auto", choices=DTYPES, spellings=DTYPE_SPELLINGS, aliases=("model-dtype",), group="model",
         help="arithmetic of weights and KV; auto = the checkpoint's (bfloat16 for a quantised GGUF)")

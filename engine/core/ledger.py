@@ -103,6 +103,24 @@ class KvLedger:
         """Groups held by all sequences together."""
         return self.total_groups - self.free_groups - self.withheld_groups
 
+    def resize(self, total_groups: int, fit_tokens: int) -> None:
+        """Another size of the pool. Nobody loses what it holds: while that is more, free_groups is negative, nothing
+        is admitted, and who needs a group is refused (the scheduler then preempts).
+
+        fit_tokens: what one sequence must still reach with the pool to itself. Raises ConfigError when it could not;
+        nothing has changed then.
+        """
+        watermark_groups = 0 if self._context_tokens else int(self.rule.watermark * total_groups)
+        usable = total_groups - (watermark_groups if self.rule.watermark_when_idle else 0)
+        need = self.groups_for(self._context_tokens or fit_tokens)
+        if total_groups < 1 or need > usable:
+            raise ConfigError(f"a pool of {total_groups} groups leaves {max(0, usable)} to one sequence, and one needs "
+                              f"{need}")  # fmt: skip
+        held = self.reserved_groups
+        self.total_groups, self.watermark_groups = total_groups, watermark_groups
+        self.withheld_groups = min(self.withheld_groups, max(0, total_groups - held))
+        self.free_groups = total_groups - held - self.withheld_groups
+
     def fit_tokens(self) -> int:
         """Tokens that one sequence can reach with the pool to itself, limit included."""
         usable = self.total_groups - (self.watermark_groups if self.rule.watermark_when_idle else 0)
@@ -209,7 +227,8 @@ class KvLedger:
     def check(self, reserved_tokens: Mapping[int, int] | None = None) -> None:
         """Raise InvariantError unless the books balance; with reserved tokens by seq_id, unless they are covered."""
         held = sum(self._held.values())
-        if self.free_groups + self.withheld_groups + held != self.total_groups or self.free_groups < 0:
+        balanced = self.free_groups + self.withheld_groups + held == self.total_groups
+        if not balanced or (self.free_groups < 0 and held <= self.total_groups):
             raise InvariantError(
                 f"free {self.free_groups} + withheld {self.withheld_groups} + held {held} != {self.total_groups}"
             )

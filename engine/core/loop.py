@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 
 from engine.core.clock import Clock, MonotonicClock
+from engine.core.errors import ConfigError, RequestError
 from engine.core.executor import Executor
 from engine.core.plan import StepPlan, Update
 from engine.core.record import StepRecord
@@ -26,6 +27,7 @@ class EngineLoop:
     """A scheduler and an executor, driven by step(). Not thread-safe: one thread calls everything.
 
     executor_stats: counts of the executor's side (pages mapped, ...) to add to stats().
+    limit_memory: tells the executor's side how many page groups may exist; None where that cannot change.
     """
 
     def __init__(
@@ -35,11 +37,14 @@ class EngineLoop:
         *,
         clock: Clock | None = None,
         executor_stats: Callable[[], Mapping[str, int]] | None = None,
+        limit_memory: Callable[[int], None] | None = None,
     ) -> None:
         self.scheduler = scheduler
         self.executor = executor
         self.clock = clock or MonotonicClock()
         self._executor_stats = executor_stats
+        self._limit_memory = limit_memory
+        self._most_groups = scheduler.ledger.total_groups
         self._submitted: deque[int] = deque()  # step ids whose results are awaited, oldest first
         self._lost_steps = 0
         self._lost_in_a_row = 0
@@ -62,6 +67,23 @@ class EngineLoop:
     def abort(self, request_id: str) -> bool:
         """End a request now; the next step frees its slot and reports "abort". False when it is not live."""
         return self.scheduler.abort(request_id)
+
+    def set_kv_limit(self, groups: int) -> int:
+        """Let no more than `groups` page groups exist from now on; at most the pool of the start. Kept pages beyond go
+        back to the system at once, those in use as their sequences end. Returns the groups in use now.
+
+        Raises ConfigError for a number out of range, RequestError when a live request may need more than that.
+        """
+        if self._limit_memory is None:
+            raise ConfigError("this engine's KV memory cannot change while it runs")
+        if not 1 <= groups <= self._most_groups:
+            raise ConfigError(f"groups={groups} is not in 1..{self._most_groups}, the pool this engine started with")
+        try:
+            self.scheduler.resize_pool(groups)
+        except ConfigError as error:
+            raise RequestError(f"{error}; wait for it to end, or use a higher limit", "groups") from None
+        self._limit_memory(groups)
+        return self.scheduler.ledger.reserved_groups
 
     @property
     def has_work(self) -> bool:

@@ -81,6 +81,22 @@ class SampledToken(NamedTuple):
     token: int
 
 
+class TokenLogprobs(NamedTuple):
+    """What the model thought at one output: parallel ids and natural logarithms of probability. The first is the
+    sampled token, the likeliest follow, falling (the sampled one among them, if it is)."""
+
+    ids: tuple[int, ...]
+    values: tuple[float, ...]
+
+
+class SampledLogprobs(NamedTuple):
+    """The logprobs of a SampledToken of the same step, for the few sequences that asked."""
+
+    seq_id: int
+    epoch: int
+    logprobs: TokenLogprobs
+
+
 class Failure(NamedTuple):
     """One sequence's chunk went wrong (say, its logits were not finite); the others of the step are whole."""
 
@@ -93,19 +109,24 @@ class Failure(NamedTuple):
 class StepResult:
     """What came out. refused: sequences whose memory growth was refused; their chunks did not run.
 
-    Every chunk with `samples` is answered exactly once: by a token, a refusal or a failure.
+    Every chunk with `samples` is answered exactly once: by a token, a refusal or a failure. logprobs lie beside
+    the tokens, so that a step without them costs nothing more.
     """
 
     step_id: int
     tokens: tuple[SampledToken, ...] = ()
     refused: tuple[int, ...] = ()
     failed: tuple[Failure, ...] = ()
+    logprobs: tuple[SampledLogprobs, ...] = ()
 
 
 class Update(NamedTuple):
-    """News for a client: tokens emitted now and, at the end, why ("stop" | "length" | "abort" | "error")."""
+    """News for a client: tokens emitted now and, at the end, why ("stop" | "length" | "abort" | "error").
+
+    logprobs: one for each token where they were asked for, else empty."""
 
     request_id: str
     tokens: tuple[int, ...] = ()
     finish_reason: str | None = None
     error: str | None = None
+    logprobs: tuple[TokenLogprobs, ...] = ()

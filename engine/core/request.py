@@ -6,7 +6,7 @@ It does not know text: stop strings travel here, but whoever turns ids into text
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 
 from engine.core.errors import RequestError
@@ -19,6 +19,9 @@ MAX_STOP_IDS = 1024
 MAX_TOKENS = 1 << 24
 MAX_SEED = (1 << 64) - 1
 MAX_ABS_PRIORITY = 1 << 31
+MAX_LOGPROBS = 20
+MAX_LOGIT_BIAS = 1024  # ids with one
+MAX_ABS_BIAS = 100.0
 
 
 def _require_int(name: str, value: object, low: int, high: int) -> None:
@@ -41,6 +44,18 @@ def check_token_ids(name: str, ids: Sequence[int], vocab: int) -> None:
         _require_int(name, token, 0, vocab - 1)
 
 
+def _bias_pairs(given: Mapping[int, float] | Sequence[tuple[int, float]]) -> tuple[tuple[int, float], ...]:
+    """logit_bias as pairs in the order of the ids. Raises RequestError naming what is wrong."""
+    if not isinstance(given, (Mapping, tuple)) or len(given) > MAX_LOGIT_BIAS:
+        raise RequestError(f"logit_bias is not a mapping of at most {MAX_LOGIT_BIAS} token ids to numbers",
+                           "logit_bias")
+    pairs = tuple(given.items()) if isinstance(given, Mapping) else given
+    for token, bias in pairs:
+        _require_int("logit_bias", token, 0, (1 << 31) - 1)
+        _require_float("logit_bias", bias, -MAX_ABS_BIAS, MAX_ABS_BIAS)
+    return tuple(sorted((token, float(bias)) for token, bias in pairs))
+
+
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How to choose tokens and when to stop.
@@ -50,6 +65,10 @@ class SamplingParams:
     stop: strings that end the text (not included in it). stop_token_ids: ids that end it beside the model's eos list.
     min_tokens: eos and stop ids cannot be sampled, stop strings do not end the text, before that many outputs.
     n: samples of this prompt; each becomes one sequence.
+    logprobs: None = none; k = with every token its logarithm of probability, and those of the k likeliest tokens, of
+    the model's own distribution (before bias, temperature and filters).
+    logit_bias: a mapping (kept as sorted pairs) of ids to numbers in [-100, 100], added to their logits before
+    sampling.
     Raises RequestError naming field, value and range.
     """
 
@@ -64,6 +83,8 @@ class SamplingParams:
     ignore_eos: bool = False
     min_tokens: int = 0
     n: int = 1
+    logprobs: int | None = None
+    logit_bias: tuple[tuple[int, float], ...] = ()
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
@@ -95,6 +116,9 @@ class SamplingParams:
             raise RequestError(f"stop_token_ids holds more than {MAX_STOP_IDS} ids or is not a list", "stop_token_ids")
         for token in self.stop_token_ids:
             _require_int("stop_token_ids", token, 0, (1 << 31) - 1)
+        if self.logprobs is not None:
+            _require_int("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+        object.__setattr__(self, "logit_bias", _bias_pairs(self.logit_bias))
 
     def replace(self, **changes: object) -> SamplingParams:
         """A copy with some fields changed, validated again."""

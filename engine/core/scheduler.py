@@ -155,6 +155,15 @@ class Scheduler:
         self._updates.append(Update(request_id, (), "abort"))
         return True
 
+    def resize_pool(self, groups: int) -> None:
+        """Another size of the pool, as of the next plan. What runs keeps its memory; where it needs more than there is,
+        the usual preemption makes room. Requests that could not fit any more are refused by add() from now on.
+
+        Raises ConfigError when a live request could then not finish with the pool to itself.
+        """
+        self.ledger.resize(groups, max((sequence.length_cap for sequence in self._live.values()), default=1))
+        self.length_limit = min(self.max_model_len, self.ledger.fit_tokens())
+
     def sequence(self, seq_id: int) -> Sequence | None:
         """A live sequence, to be looked at only."""
         return self._live.get(seq_id)
@@ -240,6 +249,8 @@ class Scheduler:
         before = len(updates)
         ended = self._take_tokens(result, updates)
         sampled = len(updates) - before
+        if result.logprobs:
+            self._add_logprobs(result, updates, before)
         if ended:
             self._end(ended)
         self._note(flight, result, sampled, len(ended))
@@ -285,8 +296,20 @@ class Scheduler:
                 reason = sequence.stop_reason(token)
                 if reason is not None:
                     ended.append(sequence)
-            updates.append(_new(Update, (sequence.request_id, (token,), reason, None)))
+            updates.append(_new(Update, (sequence.request_id, (token,), reason, None, ())))
         return ended
+
+    def _add_logprobs(self, result: StepResult, updates: list[Update], first: int) -> None:
+        """Put logprobs into the updates from `first` on, which are those of the result's tokens."""
+        found = {}
+        for seq_id, epoch, logprobs in result.logprobs:
+            sequence = self._live.get(seq_id)
+            if sequence is not None and sequence.epoch == epoch:
+                found[sequence.request_id] = logprobs
+        for index in range(first, len(updates)):
+            mine = found.get(updates[index].request_id)
+            if mine is not None:
+                updates[index] = updates[index]._replace(logprobs=(mine,))
 
     def drain(self) -> list[Update]:
         """News that no result brings (aborted and ignored requests), for when no step is in flight."""

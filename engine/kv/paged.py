@@ -126,6 +126,9 @@ class PagedStore:
             return self._pool[0, layer], self._pool[1, layer]
         return self._pool[0, :, :, layer], self._pool[1, :, :, layer]
 
+    def set_limit(self, groups: int) -> None:
+        """See KvStore: the pool is allocated whole, so the ledger's limit is the only one."""
+
     def stats(self) -> dict[str, int]:
         """See KvStore."""
         total, group_bytes = self._total, self.geometry.group_bytes

@@ -109,6 +109,10 @@ class SlotStore:
             k, v = (self._flat[side * g.layers + layer].as_strided(shape, strides) for side in (0, 1))
         return k, v
 
+    def set_limit(self, groups: int) -> None:
+        """See KvStore."""
+        self.allocator.set_limit(groups)
+
     def stats(self) -> dict[str, int]:
         """See KvStore."""
         stats = self.allocator.stats()

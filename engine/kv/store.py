@@ -46,6 +46,9 @@ class KvStore(Protocol):
     def layer_views(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V of one layer, each (S, C, G, D), strided; only what is mapped may be touched."""
 
+    def set_limit(self, groups: int) -> None:
+        """Most page groups that may exist from now on; takes nothing that is in use."""
+
     def stats(self) -> dict[str, int]:
         """Counts for /metrics: groups and bytes."""
 

@@ -49,12 +49,13 @@ def default_cache_dir() -> Path:
 
 
 def resolve_model(name_or_path: str | Path | None, *, cache_dir: str | Path | None = None,
-                  progress: bool = True) -> Path:
+                  progress: bool = True, weights: bool = True) -> Path:
     """The folder of a model.
 
     name_or_path: a Hugging Face folder; a .gguf file or a folder with exactly one; a hub id `org/name`; None or
     "SmolLM2-135M-Instruct" for the default model. cache_dir: where converted models are kept (~/.cache/tessera).
-    progress: show a bar on stderr while converting.
+    progress: show a bar on stderr while converting. weights: False takes a folder with no more than a config.json,
+    for weights that are made up (--load-format dummy).
     Raises LoadError, one line, with what to do.
     """
     cache = Path(cache_dir) if cache_dir is not None else default_cache_dir()
@@ -67,6 +68,8 @@ def resolve_model(name_or_path: str | Path | None, *, cache_dir: str | Path | No
     path = Path(name).expanduser()
     if path.is_file():
         return _from_file(path, cache, progress)
+    if path.is_dir() and not weights and (path / "config.json").is_file():
+        return path
     if path.is_dir():
         return _from_folder(path, cache, progress)
     if name == DEFAULT_MODEL:

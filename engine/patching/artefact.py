@@ -38,6 +38,9 @@ JSON_NAME, ARRAYS_NAME = "patch.json", "patch.safetensors"
 FOLDER_NAME = "patch"
 """The subfolder of a model folder that holds its artefact."""
 
+CONFIG_MARK = "tessera_patch"
+"""The key of config.json that says: the ids in this file and generation_config.json are patched ids."""
+
 KINDS = ("patch", "appended-merges")
 MAX_JSON_BYTES = 16 << 20
 MAX_ARRAYS_BYTES = 256 << 20

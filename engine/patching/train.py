@@ -125,7 +125,7 @@ def train(model: str | Path, documents: list[str], out: str | Path, settings: Tr
     trained = train_step.choose_trainable(network, settings.first_blocks, settings.last_blocks, settings.lora_rank,
                                           torch.bfloat16 if amp else torch.float32)
     optimiser = train_step.make_optimiser(trained, settings.weight_decay)
-    place = Path(state) if state is not None else target.with_name(target.name + ".training")
+    place = _state_folder(target, state)
     identity = {"settings": {key: value for key, value in asdict(settings).items() if key not in _FREE},
                 "model": _fingerprint(folder), "tokens_sha256": blocks.sha256,
                 "held_out_sha256": hashlib.sha256(json.dumps(scored).encode()).hexdigest()}
@@ -244,6 +244,25 @@ def _resume(place: Path, identity: dict[str, Any], trained: Any, optimiser: Any)
     return run
 
 
+def _state_folder(out: str | Path, state: str | Path | None) -> Path:
+    """Where snapshots go."""
+    target = Path(out)
+    return Path(state) if state is not None else target.with_name(target.name + ".training")
+
+
+def _applied(folder: Path, patch: Path, out: Path, state: Path, *, progress: bool) -> Path:
+    """The patched model to start from, kept among the snapshots so that a resumed run starts from the same."""
+    from engine.patching.apply import apply_patch
+
+    refuse_existing(out)
+    artefact = artefacts.read(patch, base_tokenizer_folder=folder)
+    target = state / f"applied-{artefact.sha256[:16]}"
+    if not target.is_dir():
+        state.mkdir(parents=True, exist_ok=True)
+        apply_patch(folder, artefact, target, progress=progress)
+    return target
+
+
 # -------------------------------------------------------------------- results
 
 
@@ -346,6 +365,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `scripts.patch train`."""
     default = TrainSettings()
     parser.add_argument("--model", required=True, metavar="DIR", help="folder that `apply` wrote, or a plain model")
+    parser.add_argument("--patch", metavar="DIR", help="a patch to apply to a plain model first, as `apply` does")
     parser.add_argument("--corpus", required=True, nargs="+", metavar="FILE", help=".txt or .jsonl, or .gz of them")
     parser.add_argument("--held-out", nargs="+", default=[], metavar="FILE", help="texts to measure bits per byte on")
     parser.add_argument("--documents", default="auto", help="how plain text is cut: auto, file, paragraph, line")
@@ -378,7 +398,10 @@ def run(args: argparse.Namespace) -> int:
                            for files in (args.corpus, args.held_out))
     clock = MonotonicClock()
     began_s = clock.now_s()
-    report = train(folder, documents, args.out, settings, state=args.state, held_out=held_out,
+    state = _state_folder(args.out, args.state)
+    if args.patch is not None:
+        folder = _applied(folder, Path(args.patch), Path(args.out), state, progress=not args.no_progress)
+    report = train(folder, documents, args.out, settings, state=state, held_out=held_out,
                    progress=not args.no_progress)
     print(f"trained in {clock.now_s() - began_s:.0f} s", file=sys.stderr)
     print(json.dumps(report))

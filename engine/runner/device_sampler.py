@@ -23,10 +23,11 @@ Argmax = Callable[[torch.Tensor], torch.Tensor]
 
 
 def edits_of(pick: Pick, vocab: int) -> dict[int, float]:
-    """What is added to which logits of a row: -inf for every stop id before min_tokens outputs."""
-    if pick.index >= pick.params.min_tokens:
-        return {}
-    return {token: -math.inf for token in sorted(pick.stop_ids) if token < vocab}
+    """What is added to which logits of a row: its biases, and -inf for every stop id before min_tokens outputs."""
+    changed = dict(pick.params.logit_bias)
+    if pick.index < pick.params.min_tokens:
+        changed.update((token, -math.inf) for token in sorted(pick.stop_ids) if token < vocab)
+    return changed
 
 
 def plain_rules(rows: int, edits: int) -> np.ndarray:
@@ -85,8 +86,11 @@ class GraphRules:
         self._plain = True  # whether every row of the table is
 
     def fits(self, picks: Sequence[Pick]) -> bool:
-        """Whether no row changes more logits than the table has room for."""
-        return all(pick.greedy or len(edits_of(pick, self._vocab)) <= GRAPH_EDITS for pick in picks)
+        """Whether no row changes more logits than the table has room for, or wants them back as logprobs."""
+        return all(
+            pick.greedy or (pick.params.logprobs is None and len(edits_of(pick, self._vocab)) <= GRAPH_EDITS)
+            for pick in picks
+        )
 
     def load(self, picks: Sequence[Pick]) -> None:
         """Put the picks' rules into the first rows, plain ones behind; without a copy when all stay plain."""

@@ -7,11 +7,21 @@ device.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from engine.core.plan import Admission, Chunk, Failure, SampledToken, StepPlan, StepResult
+from engine.core.plan import (
+    Admission,
+    Chunk,
+    Failure,
+    SampledLogprobs,
+    SampledToken,
+    StepPlan,
+    StepResult,
+    TokenLogprobs,
+)
 from engine.kv.store import KvStore
 from engine.models import Model
 from engine.runner.batch import Batch, Row, pack
@@ -19,7 +29,7 @@ from engine.runner.device_sampler import DeviceSampler
 from engine.runner.graphs import DecodeGraphs
 from engine.runner.newest import NewestTokens
 from engine.runner.pieces import PieceGraphs
-from engine.runner.sampler import Pick, Sampler
+from engine.runner.sampler import Pick, RawRows, Sampler
 
 
 @dataclass(slots=True)
@@ -35,13 +45,16 @@ class _Sequence:
 
 @dataclass(slots=True)
 class Launched:
-    """A step under way. picked: (R,) ids in host memory, whole once `done` (None: at once) has happened."""
+    """A step under way. picked: (R,) ids in host memory, whole once `done` (None: at once) has happened. watched: the
+    rows of picked that want logprobs; top: their (ids, values) as RawRows.logprobs gives them."""
 
     step_id: int
     sampling: list[Chunk]
     refused: tuple[int, ...]
     picked: torch.Tensor | None = None
     done: torch.cuda.Event | None = None
+    watched: Sequence[int] = ()
+    top: tuple[torch.Tensor, torch.Tensor] | None = None
 
 
 class Runner:
@@ -106,20 +119,22 @@ class Runner:
         on_cpu = self.device.type == "cpu"
         if on_cpu:  # nothing runs behind our back here: pages for the next step are mapped while this one computes
             self.store.look_ahead(plan)
-        picked = self._sample(host, picks)
+        picked = self._sample(host, picks, launched)
         if on_cpu:
             launched.picked = picked
             return
         self.store.fence()
         self.store.look_ahead(plan)
         if picked is not None:
-            launched.picked = torch.empty(picked.shape[0], dtype=torch.int64, pin_memory=True)
-            launched.picked.copy_(picked, non_blocking=True)
+            launched.picked = _to_host(picked)
+            if launched.top is not None:
+                launched.top = (_to_host(launched.top[0]), _to_host(launched.top[1]))
             launched.done = torch.cuda.Event()
             launched.done.record()
 
-    def _sample(self, host: Batch, picks: list[Pick]) -> torch.Tensor | None:
-        """(R,) ids on the device, noted as the newest of their slots; None when nothing is sampled."""
+    def _sample(self, host: Batch, picks: list[Pick], launched: Launched) -> torch.Tensor | None:
+        """(R,) ids on the device, noted as the newest of their slots; None when nothing is sampled. Logprobs that are
+        wanted go into `launched`."""
         if self.graphs is not None and self.graphs.fits(host, picks):
             return self.graphs(host, picks)
         batch = host.to(self.device)
@@ -129,7 +144,10 @@ class Runner:
         logits = pieces(batch) if pieces is not None and pieces.fits(batch) else self.model(batch)  # (R, V)
         if not picks:
             return None
+        raw = RawRows(logits, picks) if any(pick.params.logprobs is not None for pick in picks) else None
         picked = self.sampler(logits, picks)
+        if raw is not None:
+            launched.watched, launched.top = raw.rows, raw.logprobs(picked)
         self.newest.note(batch, picked)
         return picked
 
@@ -153,7 +171,7 @@ class Runner:
             sequence = self._sequences.get(chunk.seq_id)
             if sequence is not None and sequence.admission.epoch == chunk.epoch:
                 sequence.tokens.append(token)
-        return StepResult(launched.step_id, tuple(good), launched.refused, tuple(failed))
+        return StepResult(launched.step_id, tuple(good), launched.refused, tuple(failed), _logprobs_of(launched))
 
     def close(self) -> None:
         """Forget every sequence and give the memory back."""
@@ -161,3 +179,22 @@ class Runner:
             torch.cuda.synchronize(self.device)
         self._sequences.clear()
         self.store.close()
+
+
+def _to_host(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy on its way to pinned memory."""
+    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return copy.copy_(tensor, non_blocking=True)
+
+
+def _logprobs_of(launched: Launched) -> tuple[SampledLogprobs, ...]:
+    """The logprobs of a step that is done; () in most steps."""
+    if launched.top is None:
+        return ()
+    found = []
+    for row, ids, values in zip(launched.watched, launched.top[0].tolist(), launched.top[1].tolist(), strict=True):
+        chunk = launched.sampling[row]
+        count = 1 + sum(token >= 0 for token in ids[1:])
+        told = TokenLogprobs(tuple(ids[:count]), tuple(values[:count]))
+        found.append(SampledLogprobs(chunk.seq_id, chunk.epoch, told))
+    return tuple(found)

@@ -1,12 +1,13 @@
-"""Chooses tokens from logits: temperature, min-p, top-k, top-p, in that order; each row on its own.
+"""Chooses tokens from logits: bias, temperature, min-p, top-k, top-p, in that order; each row on its own.
 
-Randomness is a function of (request seed, output index) alone, so batching, preemption and order cannot shift it.
+Logprobs are of the logits as the model gave them, and computed row by row as well. Randomness is a function of
+(request seed, output index) alone, so batching, preemption and order cannot shift it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,7 +28,9 @@ class Pick:
     @property
     def greedy(self) -> bool:
         """Whether plain argmax answers it."""
-        return self.params.temperature == 0 and not (self.stop_ids and self.index < self.params.min_tokens)
+        params = self.params
+        changes = bool(params.logit_bias) or bool(self.stop_ids and self.index < params.min_tokens)
+        return params.temperature == 0 and params.logprobs is None and not changes
 
 
 def uniform(seed: int, index: int) -> float:
@@ -95,6 +98,9 @@ class Sampler:
         """logits: (R, V) float32, may be changed. Returns (R,) int64 on their device; -1 where a row has no finite
         maximum. Greedy rows wait for nothing."""
         for row, pick in enumerate(picks):
+            if pick.params.logit_bias:
+                ids, bias = zip(*pick.params.logit_bias, strict=True)
+                logits[row, list(ids)] += torch.tensor(bias, dtype=logits.dtype, device=logits.device)
             if pick.index < pick.params.min_tokens and pick.stop_ids:
                 logits[row, [token for token in pick.stop_ids if token < self.vocab]] = float("-inf")
         tokens = finite_argmax(logits, self.argmax)
@@ -103,6 +109,35 @@ class Sampler:
                 drawn = sample_row(logits[row], pick.params, uniform(pick.params.seed or 0, pick.index))
                 tokens[row] = torch.where(tokens[row] < 0, tokens[row], drawn)
         return tokens
+
+
+class RawRows:
+    """The rows that want logprobs, kept as the model gave them before a Sampler changes them."""
+
+    def __init__(self, logits: torch.Tensor, picks: Sequence[Pick]) -> None:
+        """logits: (R, V)."""
+        self.rows = [row for row, pick in enumerate(picks) if pick.params.logprobs is not None]
+        self._counts = [picks[row].params.logprobs or 0 for row in self.rows]
+        self._logits = logits[self.rows]
+
+    def logprobs(self, picked: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """picked: (R,) ids, all rows. Returns ids (W, K + 1) int64 and log-probabilities (W, K + 1) float32 of the W
+        rows: the picked token, then the likeliest; -1 fills up where a row wants fewer than K.
+
+        One row at a time: a reduction over several may add in another order, and the numbers must not depend on who
+        else is in the batch.
+        """
+        width = max(self._counts) + 1
+        ids = torch.full((len(self.rows), width), -1, dtype=torch.int64, device=self._logits.device)
+        values = torch.zeros((len(self.rows), width), dtype=torch.float32, device=self._logits.device)
+        chosen = picked[self.rows].clamp(min=0)
+        for place, (logits, count) in enumerate(zip(self._logits, self._counts, strict=True)):
+            total = torch.logsumexp(logits, dim=0)
+            best = torch.topk(logits, min(count, logits.shape[0]))
+            found = torch.cat([chosen[place : place + 1], best.indices])
+            ids[place, : found.shape[0]] = found
+            values[place, : found.shape[0]] = logits[found] - total
+        return ids, values
 
 
 def finite_argmax(logits: torch.Tensor, argmax: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:

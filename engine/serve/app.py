@@ -16,11 +16,15 @@ from starlette.exceptions import HTTPException
 
 import engine
 from engine.core.clock import wall_s
+from engine.core.plan import TokenLogprobs
 from engine.serve import schema
 from engine.serve.body import read_json
-from engine.serve.errors import ApiError
-from engine.serve.generation import ClientGone, Generation, Tools
+from engine.serve.engine_client import EngineFailed
+from engine.serve.errors import ApiError, shown
+from engine.serve.generation import ClientGone, Generation, Prompt, Tools
 from engine.serve.guard import FAULT, Guard, Receive, Send, error_headers
+from engine.serve.ids import Limits, take_ids, take_space
+from engine.serve.logprobs_json import LogprobsJson
 from engine.serve.openai_json import Shape, error_event
 from engine.serve.services import Services
 from engine.serve.text_pool import TextPool
@@ -41,31 +45,40 @@ class _Model:
             raise ApiError(503, f"the engine is not ready ({services.state}); try again a little later",
                            code="not_ready")  # fmt: skip
         assert services.limits is not None and services.text is not None
-        self.limits: schema.Limits = services.limits
+        self.limits: Limits = services.limits
         self.tools: Tools = services.tools
         self.text: TextPool = services.text
 
 
-async def _encode_all(model: _Model, ask: schema.Ask) -> list[list[int]]:
-    """Every prompt as ids, within the context."""
+async def _encode_all(model: _Model, ask: schema.Ask) -> list[Prompt]:
+    """Every prompt as ids of the engine."""
     length = model.limits.max_model_len
     if ask.messages is not None:
         if not model.text.facts.has_template:
             raise ApiError(400, "this model has no chat template; use /v1/completions", "messages")
-        return [await model.text.render(ask.messages, max_tokens=length)]
+        done = await model.text.render(ask.messages, max_tokens=length)
+        return [Prompt(done.tokens, done.base_count)]
     prompts = []
     for prompt in ask.prompts:
         if isinstance(prompt, str):
-            prompt = await model.text.encode(prompt, add_special_tokens=True, max_tokens=length)
-        prompts.append(prompt)
+            done = await model.text.encode(prompt, add_special_tokens=True, max_tokens=length)
+            prompts.append(Prompt(done.tokens, done.base_count, prompt if ask.echo else ""))
+            continue
+        base = ask.token_space == "base"
+        echo = await model.text.decode(prompt, base=base) if ask.echo else ""
+        if base:
+            prompts.append(Prompt((await model.text.convert(prompt)).tokens, len(prompt), echo))
+        else:
+            lengths = model.tools.base_lengths
+            prompts.append(Prompt(prompt, sum(lengths[token] for token in prompt) if lengths else len(prompt), echo))
     return prompts
 
 
-def _output_limits(ask: schema.Ask, prompts: list[list[int]], limits: schema.Limits) -> list[int]:
+def _output_limits(ask: schema.Ask, prompts: list[Prompt], limits: Limits) -> list[int]:
     """Output tokens of each prompt: what was asked for if it fits (else 400), or what is left of the context."""
     param = "messages" if ask.chat else "prompt"
     allowed = []
-    for prompt in prompts:
+    for prompt, _, _ in prompts:
         left = limits.max_model_len - len(prompt)
         if not prompt:
             raise ApiError(400, f"{param} has no tokens; at least one is needed", param, "invalid_value")
@@ -100,15 +113,16 @@ async def _generate(request: Request, services: Services, parse: Callable[..., s
         limits = _output_limits(ask, prompts, model.limits)
         generation = Generation(model.tools, prompts, ask.params, max_tokens=limits, priority=ask.priority,
                                 accepted_s=accepted_s)
-        shape = Shape(ask.chat, generation.name, int(wall_s()), ask.model, ask.include_usage)
+        told = None if ask.params.logprobs is None else LogprobsJson(model.tools.tokenizer.table, ask.chat)
+        shape = Shape(ask.chat, generation.name, int(wall_s()), ask.model, ask.include_usage, told)
         running = _Running(generation, seat, request)
         try:
             generation.start()
             await generation.accepted()
             if ask.stream:
                 seat.handed_over = True
-                return EventStream(running, shape, samples, services.config.stall_abort_s)
-            return await _whole(generation, shape, samples)
+                return EventStream(running, shape, services.config.stall_abort_s)
+            return await _whole(generation, shape)
         except BaseException:
             running.close()
             raise
@@ -156,28 +170,28 @@ class _Running:
         self.generation.close(outcome)
 
 
-async def _whole(generation: Generation, shape: Shape, samples: int) -> Response:
+async def _whole(generation: Generation, shape: Shape) -> Response:
     """Wait for every sample and answer at once."""
-    texts = [""] * samples
-    reasons = ["stop"] * samples
-    parts: list[list[str]] = [[] for _ in range(samples)]
+    parts = [[echo] for echo in generation.echoes]
+    reasons = ["stop"] * len(parts)
+    logprobs: list[list[TokenLogprobs]] = [[] for _ in parts]
     while not generation.done:
         for delta in await generation.next():
             parts[delta.index].append(delta.text)
             reasons[delta.index] = delta.finish_reason or reasons[delta.index]
+            logprobs[delta.index] += delta.logprobs
     texts = ["".join(part) for part in parts]
-    body = shape.whole(list(zip(texts, reasons, strict=True)), generation.usage())
+    body = shape.whole(list(zip(texts, reasons, logprobs, strict=True)), generation.usage())
     return Response(body, media_type="application/json")
 
 
 class EventStream(Response):
     """A streamed answer: server-sent events, one write a step, each awaited: a slow reader slows only itself."""
 
-    def __init__(self, running: _Running, shape: Shape, samples: int, stall_s: float) -> None:
+    def __init__(self, running: _Running, shape: Shape, stall_s: float) -> None:
         super().__init__()
         self._running = running
         self._shape = shape
-        self._samples = samples
         self._stall_s = stall_s
 
     async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
@@ -197,7 +211,7 @@ class EventStream(Response):
 
         try:
             await send({"type": "http.response.start", "status": 200, "headers": headers})
-            if opening := shape.opening(self._samples):
+            if opening := shape.opening(generation.echoes):
                 await write(opening)
             while not generation.done:
                 if frames := b"".join(shape.delta(delta) for delta in await generation.next()):
@@ -255,13 +269,17 @@ def _add_text(app: FastAPI, services: Services) -> None:
         if fields or not isinstance(special, bool) or (prompt is None) == (messages is None):
             raise ApiError(400, "the fields are model, add_special_tokens (a boolean) and one of prompt and messages",
                            next(iter(fields), "prompt"))  # fmt: skip
+        both = model.limits.base_vocab_size is not None
         if messages is not None:
-            tokens = await model.text.render(schema.take_messages(messages), max_tokens=length)
+            done = await model.text.render(schema.take_messages(messages), max_tokens=length, both=both)
         elif isinstance(prompt, str):
-            tokens = await model.text.encode(prompt, add_special_tokens=special, max_tokens=length)
+            done = await model.text.encode(prompt, add_special_tokens=special, max_tokens=length, both=both)
         else:
             raise ApiError(400, "prompt must be one text", "prompt", "invalid_value")
-        return json_response({"count": len(tokens), "max_model_len": length, "tokens": tokens})
+        answer: dict[str, Any] = {"count": done.count, "max_model_len": length, "tokens": done.tokens}
+        if both:
+            answer |= {"base_count": done.base_count, "base_tokens": done.base_tokens}
+        return json_response(answer)
 
     @app.post("/detokenize")
     async def detokenize(request: Request) -> Response:
@@ -269,9 +287,12 @@ def _add_text(app: FastAPI, services: Services) -> None:
         model = _Model(services)
         schema.take_model(fields, model.limits)
         tokens = fields.pop("tokens", None)
+        space = take_space(fields, model.limits, ["tokens"])
         if fields or not isinstance(tokens, list):
-            raise ApiError(400, "the fields are model and tokens, a list of token ids", next(iter(fields), "tokens"))
-        return json_response({"prompt": await model.text.decode(schema.take_ids(tokens, model.limits, "tokens"))})
+            raise ApiError(400, "the fields are model, token_space and tokens, a list of token ids",
+                           next(iter(fields), "tokens"))  # fmt: skip
+        ids = take_ids(tokens, model.limits, "tokens", space)
+        return json_response({"prompt": await model.text.decode(ids, base=space == "base")})
 
 
 def _add_operations(app: FastAPI, services: Services, drain: Callable[[], None]) -> None:
@@ -302,6 +323,31 @@ def _add_operations(app: FastAPI, services: Services, drain: Callable[[], None])
         async def admin_drain() -> Response:
             drain()
             return json_response({"status": "draining"})
+
+        @app.post("/admin/kv-limit")
+        async def admin_kv_limit(request: Request) -> Response:
+            return json_response(await _set_kv_limit(await read_json(request, services), services))
+
+
+async def _set_kv_limit(fields: dict[str, Any], services: Services) -> dict[str, int]:
+    """{"groups": n} or {"bytes": n}: how much KV memory may exist from now on. Bytes are rounded down to groups."""
+    _Model(services)
+    assert services.engine is not None and services.engine.facts is not None
+    facts = services.engine.facts
+    group_bytes = facts.page_bytes * facts.pages_per_group
+    name, value = next(iter(fields.items()), ("groups", None))
+    if len(fields) != 1 or name not in ("groups", "bytes"):
+        raise ApiError(400, "the body is one field: groups or bytes", name)
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 50:
+        raise ApiError(400, f"{name}={shown(value)} is not a whole number above 0", name)
+    groups = min(value if name == "groups" else value // group_bytes, 1 << 40)
+    try:
+        answer = await services.engine.set_kv_limit(groups)
+    except EngineFailed as error:
+        raise ApiError(503, f"{error}; try again later") from None
+    if answer.error is not None:
+        raise ApiError(answer.status, f"{answer.error} (a group is {group_bytes} bytes)", name)
+    return {"groups": groups, "bytes": groups * group_bytes, "in_use_groups": answer.in_use_groups}
 
 
 async def _answer_exception(request: Request, error: Exception) -> Response:

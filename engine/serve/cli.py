@@ -6,8 +6,10 @@ It knows words, not what they do. Mistakes end with exit status 2 and one line e
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import engine
 from engine.core.errors import ConfigError
@@ -33,8 +35,23 @@ def serve(argv: Sequence[str], prog: str = "tessera serve") -> int:
         return 130
 
 
+def bench(argv: Sequence[str], prog: str = "tessera bench") -> int:
+    """The benchmarks of the checkout that this package lies in. Returns their exit status; 2 where there is none."""
+    root = Path(engine.__file__).resolve().parent.parent
+    if not (root / "scripts" / "bench.py").is_file():
+        complain(f"{prog} needs a checkout: the benchmarks are not in the wheel; get the sources, and in their folder "
+                 "run: python -m scripts.bench")
+        return 2
+    return subprocess.run([sys.executable, "-c", RUN_BENCH, str(root), *argv], check=False).returncode
+
+
+# In a process of its own, and found by the folder: another package named scripts may be on the path before it.
+RUN_BENCH = (
+    "import sys; sys.path.insert(0, sys.argv.pop(1)); from scripts.bench import main; raise SystemExit(main())"
+)
 COMMANDS: dict[str, tuple[Command, str]] = {
     "serve": (serve, "serve a model over HTTP with OpenAI's routes"),
+    "bench": (bench, "measure this machine and this engine (in a checkout)"),
 }
 
 

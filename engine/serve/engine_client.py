@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 
 import msgspec
@@ -108,6 +109,7 @@ class EngineClient:
         self.died: asyncio.Future[EngineFailed] = asyncio.get_running_loop().create_future()
         self._clock = clock or MonotonicClock()
         self._routes: dict[str, tuple[Mailbox, int]] = {}
+        self._limit_answers: deque[asyncio.Future[wire.KvLimit]] = deque()
         self._ready: asyncio.Future[wire.Facts] = asyncio.get_running_loop().create_future()
         self._failed: EngineFailed | None = None
         self._beat_s = self._clock.now_s()
@@ -166,6 +168,17 @@ class EngineClient:
         wanted = [name for name in request_ids if self._routes.pop(name, None) is not None]
         if wanted and not self.died.done():
             self._send(wire.Abort(wanted))
+
+    async def set_kv_limit(self, groups: int) -> wire.KvLimit:
+        """Ask the engine for another KV limit; answered between two steps. Raises EngineFailed when it is not there."""
+        answer: asyncio.Future[wire.KvLimit] = asyncio.get_running_loop().create_future()
+        if not self.died.done():
+            self._limit_answers.append(answer)
+            self._send(wire.SetKvLimit(groups))
+            await asyncio.wait((answer, self.died), return_when=asyncio.FIRST_COMPLETED)
+        if not answer.done():
+            raise self.died.result()
+        return answer.result()
 
     def fail_all(self, text: str, status: int) -> None:
         """End every sample with an error, here and in the engine."""
@@ -227,6 +240,10 @@ class EngineClient:
         elif isinstance(message, wire.Accepted):
             if message.request_id in self._routes:
                 self._routes[message.request_id][0].accept()
+        elif isinstance(message, wire.KvLimit):
+            answer = self._limit_answers.popleft()
+            if not answer.done():  # whoever asked may have left
+                answer.set_result(message)
         else:
             self.stats = message.values
             self.on_stats(message.values)
@@ -238,7 +255,7 @@ class EngineClient:
         if news.finish_reason is not None:
             del self._routes[news.request_id]
         mailbox, index = route
-        mailbox.put(index, news.tokens, news.finish_reason, news.error, news.status, news.param)
+        mailbox.put(index, news.tokens, news.finish_reason, news.error, news.status, news.param, news.logprobs)
 
     def _on_control(self, message: wire.ControlMessage) -> None:
         self._beat_s = self._clock.now_s()

@@ -45,6 +45,7 @@ class Loop(Protocol):
     def has_work(self) -> bool: ...
     def add(self, request: Request) -> Any: ...
     def abort(self, request_id: str) -> Any: ...
+    def set_kv_limit(self, groups: int) -> int: ...
     def step(self) -> list[Update]: ...
     def stats(self) -> dict[str, Any]: ...
     def close(self) -> None: ...
@@ -95,7 +96,7 @@ def to_request(message: wire.Add) -> Request:
     params = SamplingParams(
         max_tokens=asked.max_tokens, temperature=asked.temperature, top_k=asked.top_k, top_p=asked.top_p,
         min_p=asked.min_p, seed=asked.seed, min_tokens=asked.min_tokens, ignore_eos=asked.ignore_eos,
-        stop_token_ids=tuple(asked.stop_token_ids))
+        stop_token_ids=tuple(asked.stop_token_ids), logprobs=asked.logprobs, logit_bias=tuple(asked.logit_bias))
     return Request(message.request_id, tuple(message.prompt), params, message.arrival_s,
                    frozenset(message.stop_ids), message.priority)
 
@@ -154,6 +155,8 @@ class EngineService:
         elif isinstance(message, wire.Abort):
             for request_id in message.request_ids:
                 self._abort(request_id)
+        elif isinstance(message, wire.SetKvLimit):
+            self._send(self._set_kv_limit(message.groups))
         else:
             self._stopping = True
 
@@ -177,6 +180,17 @@ class EngineService:
         except Exception as error:
             self._count_failure("abort", error)
 
+    def _set_kv_limit(self, groups: int) -> wire.KvLimit:
+        try:
+            return wire.KvLimit(200, self.loop.set_kv_limit(groups))
+        except ConfigError as error:
+            return wire.KvLimit(400, error=str(error)[:4096])
+        except RequestError as error:
+            return wire.KvLimit(409, error=str(error)[:4096])
+        except Exception as error:
+            self._count_failure("set_kv_limit", error)
+            return wire.KvLimit(500, error="the engine failed to change the limit")
+
     def _step(self) -> None:
         self.step_started_s = self._clock.now_s()
         try:
@@ -193,7 +207,8 @@ class EngineService:
             self.step_started_s = 0.0
         news = [
             wire.News(update.request_id, list(update.tokens), update.finish_reason,
-                      update.error[:4096] if update.error else None, 500 if update.error else 0)
+                      update.error[:4096] if update.error else None, 500 if update.error else 0,
+                      logprobs=update.logprobs)
             for update in updates if update.request_id in self._live
         ]
         for update in updates:

@@ -12,12 +12,13 @@ import msgspec
 
 TYPES = {
     400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error",
-    405: "invalid_request_error", 408: "timeout_error", 413: "invalid_request_error", 415: "invalid_request_error",
+    405: "invalid_request_error", 408: "timeout_error", 409: "conflict_error", 413: "invalid_request_error",
+    415: "invalid_request_error",
     429: "rate_limit_error", 431: "invalid_request_error", 500: "server_error", 503: "server_error",
 }  # fmt: skip
 CODES = {
     400: "invalid_value", 401: "invalid_api_key", 403: "forbidden", 404: "not_found", 405: "method_not_allowed",
-    408: "timeout", 413: "request_too_large", 415: "unsupported_media_type", 431: "headers_too_large",
+    408: "timeout", 409: "conflict", 413: "request_too_large", 415: "unsupported_media_type", 431: "headers_too_large",
     500: "internal_error", 503: "unavailable",
 }  # fmt: skip
 SHOWN_CHARACTERS = 60
@@ -49,6 +50,11 @@ class ApiError(Exception):
     def encoded(self) -> bytes:
         """The body as JSON."""
         return msgspec.json.encode(self.body())
+
+
+def bad(param: str, message: str, code: str | None = None) -> ApiError:
+    """A 400 about one field."""
+    return ApiError(400, message, param, code or "invalid_value")
 
 
 def shown(value: object) -> str:

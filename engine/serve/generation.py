@@ -9,14 +9,16 @@ from __future__ import annotations
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from engine.core.clock import Clock
+from engine.core.plan import TokenLogprobs
 from engine.core.request import MAX_SEED, SamplingParams
 from engine.core.seeds import SeedSource
 from engine.serve import wire
 from engine.serve.engine_client import EngineClient, EngineFailed
 from engine.serve.errors import ApiError
+from engine.serve.logprobs_json import chars_begun
 from engine.serve.mailbox import Mailbox, Piece
 from engine.serve.metrics import Metrics
 
@@ -28,13 +30,25 @@ class ClientGone(Exception):
     """The client has left; there is nobody to answer."""
 
 
+class Prompt(NamedTuple):
+    """One prompt. base_tokens: how many tokens of the base vocabulary its text has; echo: text that goes before the
+    answer."""
+
+    ids: list[int]
+    base_tokens: int
+    echo: str = ""
+
+
 @dataclass(frozen=True, slots=True)
 class TextDelta:
-    """New text of one choice and, at the end, why it ended ("stop" | "length")."""
+    """New text of one choice and, at the end, why it ended ("stop" | "length"). logprobs: of the tokens that came,
+    where they were asked for; text may lag behind them. first_char: characters of the answer before them."""
 
     index: int
     text: str
     finish_reason: str | None
+    logprobs: Sequence[TokenLogprobs] = ()
+    first_char: int = 0
 
 
 @dataclass(slots=True)
@@ -44,13 +58,15 @@ class _Sample:
     request_id: str
     detokenizer: Detokenizer
     num_tokens: int = 0
+    base_tokens: int = 0
+    chars: int = 0  # begun in tokens whose logprobs were told
     last_s: float = 0.0
     finish_reason: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Tools:
-    """What a generation needs of the server."""
+    """What a generation needs of the server. base_lengths: id -> base tokens it stands for; None = a plain model."""
 
     engine: EngineClient
     tokenizer: Any
@@ -58,32 +74,37 @@ class Tools:
     clock: Clock
     metrics: Metrics
     seeds: SeedSource
+    base_lengths: Sequence[int] | None = None
 
 
 class Generation:
     """Samples prompt-major: choice index = prompt index * n + sample index."""
 
-    def __init__(self, tools: Tools, prompts: Sequence[list[int]], params: SamplingParams, *, max_tokens: Sequence[int],
+    def __init__(self, tools: Tools, prompts: Sequence[Prompt], params: SamplingParams, *, max_tokens: Sequence[int],
                  priority: int, accepted_s: float) -> None:
         """max_tokens: output tokens of each prompt, already within the context (params.max_tokens is not used).
 
         accepted_s: when the request was whole; all its times count from there.
         """
         from engine.tokenization import Detokenizer
+        from engine.tokenization.stream import unfinished_bytes
 
         self.name = secrets.token_hex(12)
         self.mailbox = Mailbox(len(prompts) * params.n)
-        self.prompt_tokens = sum(map(len, prompts))
+        self.prompt_tokens = sum(len(prompt.ids) for prompt in prompts)
+        self.base_prompt_tokens = sum(prompt.base_tokens for prompt in prompts)
+        self.echoes = [prompt.echo for prompt in prompts for _ in range(params.n)]
         self._tools = tools
         self._accepted_s = accepted_s
         self._open = 0
+        begun = [unfinished_bytes(tools.tokenizer.table, prompt.ids) for prompt in prompts]
         self._samples = [
-            _Sample(f"{self.name}-{i}",
-                    Detokenizer(tools.tokenizer, stop=params.stop, min_tokens=params.min_tokens, continues=True))
+            _Sample(f"{self.name}-{i}", Detokenizer(tools.tokenizer, stop=params.stop, min_tokens=params.min_tokens,
+                                                    continues=True, begun=begun[i // params.n]))
             for i in range(len(prompts) * params.n)
         ]
         self._adds = [
-            self._add(sample.request_id, prompts[i // params.n], params, i % params.n, max_tokens[i // params.n],
+            self._add(sample.request_id, prompts[i // params.n].ids, params, i % params.n, max_tokens[i // params.n],
                       priority)
             for i, sample in enumerate(self._samples)
         ]
@@ -133,10 +154,14 @@ class Generation:
         return sum(sample.num_tokens for sample in self._samples)
 
     def usage(self) -> dict[str, int]:
-        """OpenAI's usage object."""
+        """OpenAI's usage object; on a patched model also in base tokens."""
         done = self.completion_tokens
-        return {"prompt_tokens": self.prompt_tokens, "completion_tokens": done,
-                "total_tokens": self.prompt_tokens + done}  # fmt: skip
+        usage = {"prompt_tokens": self.prompt_tokens, "completion_tokens": done,
+                 "total_tokens": self.prompt_tokens + done}  # fmt: skip
+        if self._tools.base_lengths is not None:
+            usage["base_prompt_tokens"] = self.base_prompt_tokens
+            usage["base_completion_tokens"] = sum(sample.base_tokens for sample in self._samples)
+        return usage
 
     def close(self, outcome: str = "abort") -> None:
         """Abort what has not ended, and count it. Idempotent."""
@@ -164,7 +189,8 @@ class Generation:
             max_tokens=max_tokens, temperature=float(params.temperature), top_k=params.top_k,
             top_p=float(params.top_p), min_p=float(params.min_p), seed=seed,
             min_tokens=min(params.min_tokens, max_tokens), ignore_eos=params.ignore_eos,
-            stop_token_ids=list(params.stop_token_ids))  # fmt: skip
+            stop_token_ids=list(params.stop_token_ids), logprobs=params.logprobs,
+            logit_bias=list(params.logit_bias))  # fmt: skip
         eos = () if params.ignore_eos else self._tools.eos_ids
         stop_ids = sorted({*eos, *params.stop_token_ids})
         return wire.Add(request_id, prompt, sampling, stop_ids, priority, self._accepted_s)
@@ -177,6 +203,10 @@ class Generation:
         delta = sample.detokenizer.push(piece.tokens)
         text, kept = delta.text, delta.num_tokens_kept if delta.stopped else len(piece.tokens)
         self._measure(sample, kept, now_s)
+        if self._tools.base_lengths is not None:
+            sample.base_tokens += sum(self._tools.base_lengths[token] for token in piece.tokens[:kept])
+        logprobs, first_char = piece.logprobs[:kept], sample.chars
+        sample.chars += sum(chars_begun(self._tools.tokenizer.table, entry.ids[0]) for entry in logprobs)
         if delta.stopped:
             self._tools.engine.abort([sample.request_id])
             sample.finish_reason = "stop"
@@ -187,7 +217,9 @@ class Generation:
             self._open -= 1
             self._tools.metrics.requests.labels(sample.finish_reason).inc()
             self._tools.metrics.e2e_s.observe(now_s - self._accepted_s)
-        return TextDelta(index, text, sample.finish_reason) if text or sample.finish_reason else None
+        if not text and not logprobs and sample.finish_reason is None:
+            return None
+        return TextDelta(index, text, sample.finish_reason, logprobs, first_char)
 
     def _measure(self, sample: _Sample, tokens: int, now_s: float) -> None:
         if tokens == 0:

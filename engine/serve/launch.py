@@ -155,13 +155,15 @@ class Supervisor:
         """Engine, text workers and tokenizer at once; then fill in the services and say that we are ready."""
         from engine.core.seeds import SeedSource
         from engine.loading.spec import read_config
+        from engine.patching.served import announce, patch_folder
         from engine.serve.generation import Tools
-        from engine.serve.schema import Limits
+        from engine.serve.ids import Limits
         from engine.tokenization import load_tokenizer
 
         tokens = self.launch.engine.tokenizer or str(self.folder)
         services, spec = self.services, read_config(self.folder)
-        text = TextPool(tokens, self.launch.server.text_workers)
+        patch = patch_folder(self.folder, self.launch.engine.patch, self.launch.engine.tokenizer)
+        text = TextPool(tokens, self.launch.server.text_workers, patch=None if patch is None else str(patch))
         text.on_restart = services.metrics.text_restarts.inc
         services.text = text
         engine.on_stats = services.metrics.take_stats
@@ -169,13 +171,18 @@ class Supervisor:
         engine.on_progress = ProgressLine()
         loop = asyncio.get_running_loop()
         tokenizer, facts, _ = await asyncio.gather(
-            loop.run_in_executor(None, load_tokenizer, tokens), engine.start(), text.start())
+            loop.run_in_executor(None, load_tokenizer, tokens, patch), engine.start(), text.start())
         services.metrics.know_pages(facts.page_bytes, facts.pages_per_group, facts.pool_groups)
         names = model_names(self.launch, self.folder)
         defaults = {name: value for name, value in dataclasses.asdict(spec.generation).items() if value is not None}
-        services.limits = Limits(names, facts.max_model_len, facts.vocab_size, defaults)
+        base_size, base_lengths = None, None
+        artefact = getattr(tokenizer, "artefact", None)  # a patched vocabulary's
+        if artefact is not None and patch is not None:
+            base_size, base_lengths = artefact.base_vocab_size, [len(old) for old in artefact.old_ids]
+            announce(artefact, patch, self.folder)
+        services.limits = Limits(names, facts.max_model_len, facts.vocab_size, defaults, base_size, tokenizer.to_new_id)
         services.tools = Tools(engine, tokenizer, tuple(facts.eos_ids), MonotonicClock(), services.metrics,
-                               SeedSource(self.launch.engine.seed))
+                               SeedSource(self.launch.engine.seed), base_lengths)
         gc.collect()
         gc.freeze()  # libraries and vocabulary: the collector need not walk them while clients wait
         engine.on_progress("ready")
@@ -268,7 +275,7 @@ def find_model(launch: Launch) -> Path:
     """The folder to serve; converts or downloads if need be, before there is a server. Raises LoadError."""
     from engine.loading.resolve import resolve_model
 
-    return resolve_model(launch.engine.model)
+    return resolve_model(launch.engine.model, weights=launch.engine.load_format != "dummy")
 
 
 def serve(launch: Launch, *, engine_command: Sequence[str] = ENGINE_COMMAND,

@@ -11,28 +11,31 @@ from typing import Any
 
 from tqdm import tqdm
 
-from engine.build import build_engine, stop_ids_for
+from engine.build import build_engine, read_model, stop_ids_for
 from engine.core.clock import MonotonicClock
 from engine.core.config import EngineConfig
 from engine.core.errors import RequestError
-from engine.core.plan import Update
+from engine.core.plan import TokenLogprobs, Update
 from engine.core.request import Request, SamplingParams, check_token_ids
 from engine.core.seeds import SeedSource
 from engine.loading.resolve import resolve_model
-from engine.loading.spec import read_config
+from engine.patching.served import announce, patch_folder
 from engine.tokenization import Detokenizer, load_tokenizer
+from engine.tokenization.stream import unfinished_bytes
 
 Prompt = str | Sequence[int]
 
 
 @dataclass(slots=True)
 class CompletionOutput:
-    """One sample. finish_reason: "stop" | "length" | "abort" | "error"."""
+    """One sample. finish_reason: "stop" | "length" | "abort" | "error". logprobs: one for each of token_ids, where
+    SamplingParams.logprobs asked for them."""
 
     index: int
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     finish_reason: str | None = None
+    logprobs: list[TokenLogprobs] | None = None
 
 
 @dataclass(slots=True)
@@ -56,15 +59,21 @@ class _Live:
 class LLM:
     """`LLM("path-or-name").generate(["Once upon a time"], SamplingParams(max_tokens=32))`.
 
-    model: a folder, a GGUF file or a hub id; None is SmolLM2-135M-Instruct. Other keywords are EngineConfig's fields.
+    model: a folder, a GGUF file or a hub id; None is SmolLM2-135M-Instruct. Other keywords are EngineConfig's fields;
+    patch: the folder of a patched vocabulary, where the model folder does not hold it.
+    Every id that goes in (prompts, stop_token_ids, logit_bias) or comes out is one of `llm.tokenizer`. With a patched
+    vocabulary these are not the base's: llm.tokenizer.from_base_ids and .to_new_id convert.
     Raises ConfigError for a setting that cannot be honoured. Use as a context manager, or call close().
     """
 
     def __init__(self, model: str | None = None, **settings: Any) -> None:
-        path = resolve_model(model)
+        path = resolve_model(model, weights=settings.get("load_format") != "dummy")
         self.config = EngineConfig(model=str(path), **settings)
-        self.spec = read_config(path)
-        self.tokenizer = load_tokenizer(self.config.tokenizer or path)
+        self.spec, artefact = read_model(self.config)
+        folder = patch_folder(path, self.config.patch, self.config.tokenizer)
+        if artefact is not None and folder is not None:
+            announce(artefact, folder, path)
+        self.tokenizer = load_tokenizer(self.config.tokenizer or path, folder)
         self.engine = build_engine(self.config)
         self._clock = MonotonicClock()
         self._seeds = SeedSource(self.config.seed)
@@ -95,8 +104,12 @@ class LLM:
             results.append(result)
             for request, output in zip(new, result.outputs, strict=True):
                 requests.append(request)
+                begun = unfinished_bytes(self.tokenizer.table, request.prompt)
                 live[request.request_id] = _Live(
-                    output, Detokenizer(self.tokenizer, stop=rule.stop, min_tokens=rule.min_tokens, continues=True)
+                    output,
+                    Detokenizer(
+                        self.tokenizer, stop=rule.stop, min_tokens=rule.min_tokens, continues=True, begun=begun
+                    ),
                 )
         for request in requests:
             self.engine.validate(request)
@@ -116,11 +129,12 @@ class LLM:
         *,
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
-        """Answer one conversation or several, through the model's chat template. See generate."""
+        """Answer one conversation or several, through the model's chat template. Special strings in messages are text.
+        See generate."""
         single = bool(messages) and isinstance(messages[0], Mapping)
         conversations: Iterable[Any] = [messages] if single else messages
         prompts = [
-            self.tokenizer.encode(self.tokenizer.render_chat(list(conversation)), add_special_tokens=False)
+            self.tokenizer.encode_parts(self.tokenizer.render_parts(list(conversation))).ids
             for conversation in conversations
         ]
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
@@ -140,6 +154,7 @@ class LLM:
         text = prompt if isinstance(prompt, str) else None
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         check_token_ids("prompt", ids, self.spec.vocab)
+        check_token_ids("logit_bias", [token for token, _ in params.logit_bias], self.spec.vocab)
         name = f"offline-{self._count}"
         self._count += 1
         stop_ids = stop_ids_for(self.spec, params)
@@ -148,7 +163,8 @@ class LLM:
             seed = self._seeds.next() if params.seed is None else params.seed + i
             sample = params.replace(seed=seed, n=1)
             requests.append(Request(f"{name}-{i}", tuple(ids), sample, self._clock.now_s(), stop_ids))
-        return RequestOutput(name, text, ids, [CompletionOutput(i) for i in range(params.n)]), requests
+        outputs = [CompletionOutput(i, logprobs=None if params.logprobs is None else []) for i in range(params.n)]
+        return RequestOutput(name, text, ids, outputs), requests
 
     def _run(self, live: dict[str, _Live], bar: tqdm[Any]) -> None:
         """Step until every sample has ended."""
@@ -164,6 +180,8 @@ class LLM:
         output = sample.output
         delta = sample.detokenizer.push(list(update.tokens))
         output.token_ids += update.tokens[: delta.num_tokens_kept] if delta.stopped else update.tokens
+        if output.logprobs is not None:
+            output.logprobs += update.logprobs[: delta.num_tokens_kept] if delta.stopped else update.logprobs
         output.text += delta.text
         if delta.stopped:
             output.finish_reason = "stop"

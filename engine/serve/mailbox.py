@@ -7,18 +7,23 @@ until somebody reads them, and no text is made before that (reliability rule R28
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+
+from engine.core.plan import TokenLogprobs
 
 
 @dataclass(slots=True)
 class Piece:
-    """News of one sample: tokens not yet read, and the end when it has come. status: of an error, 400 or 500."""
+    """News of one sample: tokens not yet read (and their logprobs, where asked for), and the end when it has come.
+    status: of an error, 400 or 500."""
 
     tokens: list[int] = field(default_factory=list)
     finish_reason: str | None = None
     error: str | None = None
     status: int = 0
     param: str | None = None
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
 
 
 class Mailbox:
@@ -37,10 +42,11 @@ class Mailbox:
             self._event.set()
 
     def put(self, index: int, tokens: list[int], finish_reason: str | None, error: str | None = None,
-            status: int = 0, param: str | None = None) -> None:
+            status: int = 0, param: str | None = None, logprobs: Sequence[TokenLogprobs] = ()) -> None:
         """Add news of sample `index`."""
         piece = self._pieces.setdefault(index, Piece())
         piece.tokens += tokens
+        piece.logprobs += logprobs
         piece.finish_reason = finish_reason or piece.finish_reason
         if error is not None:
             piece.error, piece.status, piece.param = error, status, param

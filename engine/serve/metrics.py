@@ -72,6 +72,8 @@ class Metrics:
         for key, gauge in self._gauges.items():
             if key in values:
                 gauge.set(values[key])
+        if "ledger_groups_total" in values:  # an admin may have changed it
+            self._pages_total.set(values["ledger_groups_total"] * self._pages_per_group)
         self._pages_used.set(values.get("kv_groups_in_use", 0.0) * self._pages_per_group)
         self._pages_mapped.set(values.get("kv_mapped_bytes", 0.0) / self._page_bytes)
         for key, counter in self._counters.items():

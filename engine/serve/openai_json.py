@@ -11,8 +11,10 @@ from typing import Any
 
 import msgspec
 
+from engine.core.plan import TokenLogprobs
 from engine.serve.errors import ApiError
 from engine.serve.generation import TextDelta
+from engine.serve.logprobs_json import LogprobsJson
 
 DONE = b"data: [DONE]\n\n"
 _encode = msgspec.json.encode
@@ -30,40 +32,42 @@ def error_event(error: ApiError) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """One response's constant parts."""
+    """One response's constant parts. logprobs: how to write them; None = not asked for."""
 
     chat: bool
     request_name: str
     created_s: int
     model: str
     include_usage: bool = False
+    logprobs: LogprobsJson | None = None
 
     @property
     def id(self) -> str:
         """The response's id, e.g. cmpl-..."""
         return f"{'chatcmpl' if self.chat else 'cmpl'}-{self.request_name}"
 
-    def whole(self, choices: Sequence[tuple[str, str]], usage: dict[str, int]) -> bytes:
-        """A plain answer. choices: (text, finish reason) in order."""
-        made = [self._choice(i, text, reason) for i, (text, reason) in enumerate(choices)]
+    def whole(self, choices: Sequence[tuple[str, str, Sequence[TokenLogprobs]]], usage: dict[str, int]) -> bytes:
+        """A plain answer. choices: (text, finish reason, logprobs) in order."""
+        made = [self._choice(i, text, reason, logprobs) for i, (text, reason, logprobs) in enumerate(choices)]
         kind = "chat.completion" if self.chat else "text_completion"
         return _encode({"id": self.id, "object": kind, "created": self.created_s, "model": self.model,
                         "choices": made, "usage": usage})  # fmt: skip
 
-    def opening(self, count: int) -> bytes:
-        """The first events of a stream: for chat, each choice's role."""
-        if not self.chat:
-            return b""
-        return b"".join(self._frame([self._delta(i, {"role": "assistant", "content": ""}, None)]) for i in range(count))
+    def opening(self, echoes: Sequence[str]) -> bytes:
+        """The first events of a stream: for chat, each choice's role; else the text that goes before it, if any."""
+        if self.chat:
+            return b"".join(self._frame([self._delta(i, {"role": "assistant", "content": ""}, None)])
+                            for i in range(len(echoes)))
+        return b"".join(self._frame([self._choice(i, text, None)]) for i, text in enumerate(echoes) if text)
 
     def delta(self, delta: TextDelta) -> bytes:
         """The events of new text; the last of a choice has its finish reason."""
         if not self.chat:
-            choice = {"index": delta.index, "text": delta.text, "logprobs": None, "finish_reason": delta.finish_reason}
-            return self._frame([choice])
+            return self._frame([self._choice(delta.index, delta.text, delta.finish_reason, delta.logprobs,
+                                             delta.first_char)])
         frames = b""
-        if delta.text:
-            frames += self._frame([self._delta(delta.index, {"content": delta.text}, None)])
+        if delta.text or delta.logprobs:
+            frames += self._frame([self._delta(delta.index, {"content": delta.text}, None, delta.logprobs)])
         if delta.finish_reason is not None:
             frames += self._frame([self._delta(delta.index, {}, delta.finish_reason)])
         return frames
@@ -72,14 +76,20 @@ class Shape:
         """The last events: usage when it was asked for, and [DONE]."""
         return (self._frame([], usage) if self.include_usage else b"") + DONE
 
-    def _choice(self, index: int, text: str, reason: str) -> dict[str, Any]:
-        if self.chat:
-            return {"index": index, "message": {"role": "assistant", "content": text}, "logprobs": None,
-                    "finish_reason": reason}  # fmt: skip
-        return {"index": index, "text": text, "logprobs": None, "finish_reason": reason}
+    def _choice(self, index: int, text: str, reason: str | None, logprobs: Sequence[TokenLogprobs] = (),
+                first_char: int = 0) -> dict[str, Any]:
+        said = {"message": {"role": "assistant", "content": text}} if self.chat else {"text": text}
+        told = self._told(logprobs, first_char) if logprobs else None
+        return {"index": index, **said, "logprobs": told, "finish_reason": reason}
 
-    def _delta(self, index: int, delta: dict[str, str], reason: str | None) -> dict[str, Any]:
-        return {"index": index, "delta": delta, "logprobs": None, "finish_reason": reason}
+    def _delta(self, index: int, delta: dict[str, str], reason: str | None, logprobs: Sequence[TokenLogprobs] = ()
+               ) -> dict[str, Any]:
+        told = self._told(logprobs, 0) if logprobs else None
+        return {"index": index, "delta": delta, "logprobs": told, "finish_reason": reason}
+
+    def _told(self, logprobs: Sequence[TokenLogprobs], first_char: int) -> dict[str, Any]:
+        assert self.logprobs is not None
+        return self.logprobs(logprobs, first_char)
 
     def _frame(self, choices: list[dict[str, Any]], usage: dict[str, int] | None = None) -> bytes:
         kind = "chat.completion.chunk" if self.chat else "text_completion"

@@ -12,13 +12,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from engine.core.errors import RequestError
-from engine.core.request import MAX_ABS_PRIORITY, SamplingParams
-from engine.serve.errors import ApiError, shown
+from engine.core.request import MAX_ABS_PRIORITY, MAX_LOGPROBS, SamplingParams
+from engine.serve.errors import ApiError, bad, shown
+from engine.serve.ids import Limits, fields_with_ids, take_ids, take_logit_bias, take_space, take_stop_ids
 
 MAX_PROMPTS = 1024
 MAX_SAMPLES = 1024  # n x prompts
 MAX_PROMPT_IDS = 1 << 20  # over all prompts of a request
 MAX_TOTAL_TOKENS = 1 << 23  # n x prompts x max_tokens
+MAX_TOTAL_LOGPROBS = 1 << 22  # that, times (logprobs + 1)
 MAX_MESSAGES = 4096
 MAX_PARTS = 4096
 MAX_NAME_CHARACTERS = 256
@@ -48,8 +50,8 @@ def _is_empty(value: object) -> bool:
 # Fields that are not built: name -> whether a value asks for nothing.
 NEUTRAL: Mapping[str, Callable[[object], bool]] = {
     "frequency_penalty": _is_zero, "presence_penalty": _is_zero, "repetition_penalty": _is_one,
-    "length_penalty": _is_one, "best_of": _is_one, "logit_bias": _is_empty, "suffix": _is_empty, "echo": _is_off,
-    "logprobs": _is_off, "top_logprobs": lambda value: value is None, "use_beam_search": _is_off,
+    "length_penalty": _is_one, "best_of": _is_one, "suffix": _is_empty, "echo": _is_off,
+    "top_logprobs": lambda value: value is None, "use_beam_search": _is_off, "bad_words": _is_empty,
     "tools": _is_empty, "functions": _is_empty, "tool_choice": lambda value: value in (None, "none", "auto"),
     "function_call": lambda value: value in (None, "none", "auto"),
     "parallel_tool_calls": lambda value: value is None or isinstance(value, bool),
@@ -62,22 +64,19 @@ NEUTRAL: Mapping[str, Callable[[object], bool]] = {
     "skip_special_tokens": lambda value: value in (None, True), "add_generation_prompt": lambda v: v in (None, True),
     "continue_final_message": _is_off, "documents": _is_empty, "mm_processor_kwargs": _is_empty,
 }  # fmt: skip
+WHY = {
+    "bad_words": "many sequences of tokens spell the same text, and a ban of single ids would not hold; use logit_bias "
+                 "for ids, or stop",
+}  # fmt: skip
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "n", "seed", "min_tokens", "ignore_eos")
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
-    """What this server serves: names clients may use, ids in 0..vocab_size-1, tokens of one request."""
-
-    model_names: tuple[str, ...]
-    max_model_len: int
-    vocab_size: int
-    sampling_defaults: Mapping[str, float]
-
-
-@dataclass(frozen=True, slots=True)
 class Ask:
-    """One request to generate. Exactly one of prompts and messages is given. params.max_tokens None = what is left."""
+    """One request to generate: prompts or messages. params.max_tokens None = what is left of the context.
+
+    token_space: whose ids prompts holds; all others are the engine's by now. echo: the answer begins with the prompt.
+    """
 
     model: str
     prompts: tuple[str | list[int], ...]
@@ -87,6 +86,8 @@ class Ask:
     stream: bool
     include_usage: bool
     priority: int
+    token_space: str
+    echo: bool = False
 
     @property
     def chat(self) -> bool:
@@ -94,17 +95,19 @@ class Ask:
         return self.messages is not None
 
 
-def bad(param: str, message: str, code: str | None = None) -> ApiError:
-    """A 400 about one field."""
-    return ApiError(400, message, param, code or "invalid_value")
-
-
 def parse_completion(body: dict[str, Any], limits: Limits) -> Ask:
     """POST /v1/completions. Raises ApiError naming field, value and limit."""
     fields = dict(body)
     model = take_model(fields, limits)
-    prompts = take_prompts(fields.pop("prompt", None), limits)
-    return _finish(fields, limits, model, prompts, None)
+    space = take_space(fields, limits, fields_with_ids(fields))
+    prompts = take_prompts(fields.pop("prompt", None), limits, space)
+    logprobs = fields.pop("logprobs", None)
+    logprobs = None if logprobs is False else logprobs
+    echo = _flag(fields, "echo")
+    if echo and logprobs is not None:
+        raise bad("echo", "echo with logprobs needs logprobs of the prompt's tokens, which are not computed; drop one",
+                  "unsupported_parameter")
+    return _finish(fields, limits, model, prompts, None, space, logprobs, echo)
 
 
 def parse_chat(body: dict[str, Any], limits: Limits) -> Ask:
@@ -118,7 +121,11 @@ def parse_chat(body: dict[str, Any], limits: Limits) -> Ask:
             raise bad("max_completion_tokens", f"max_completion_tokens={shown(newer)} contradicts "
                                                f"max_tokens={shown(fields['max_tokens'])}; give one")
         fields["max_tokens"] = newer
-    return _finish(fields, limits, model, (), messages)
+    space = take_space(fields, limits, fields_with_ids(fields))
+    wanted, logprobs = _flag(fields, "logprobs"), fields.pop("top_logprobs", None)
+    if logprobs is not None and not wanted:
+        raise bad("top_logprobs", "top_logprobs needs logprobs=true")
+    return _finish(fields, limits, model, (), messages, space, (logprobs or 0) if wanted else None)
 
 
 def take_model(fields: dict[str, Any], limits: Limits) -> str:
@@ -134,23 +141,8 @@ def take_model(fields: dict[str, Any], limits: Limits) -> str:
     return name
 
 
-def take_ids(value: object, limits: Limits, param: str) -> list[int]:
-    """A list of token ids, each a real integer inside the vocabulary."""
-    assert isinstance(value, list)
-    if len(value) > limits.max_model_len:
-        raise bad(param, f"{param} has {len(value)} tokens; the model's context is {limits.max_model_len} tokens",
-                  "context_length_exceeded")
-    if set(map(type, value)) - {int}:
-        wrong = next(item for item in value if type(item) is not int)
-        raise bad(param, f"{param} holds {shown(wrong)}, which is not a token id (an integer)")
-    if value and not (min(value) >= 0 and max(value) < limits.vocab_size):
-        wrong = next(item for item in value if not 0 <= item < limits.vocab_size)
-        raise bad(param, f"{param} holds the id {shown(wrong)}; ids are 0..{limits.vocab_size - 1}")
-    return value
-
-
-def take_prompts(value: object, limits: Limits) -> tuple[str | list[int], ...]:
-    """Text, list of texts, ids, or list of lists of ids."""
+def take_prompts(value: object, limits: Limits, space: str = "engine") -> tuple[str | list[int], ...]:
+    """Text, list of texts, ids of a space, or list of lists of ids."""
     if isinstance(value, str):
         many: list[Any] = [value]
     elif isinstance(value, list) and value:
@@ -168,7 +160,7 @@ def take_prompts(value: object, limits: Limits) -> tuple[str | list[int], ...]:
     for item in many:
         if not item:
             raise bad("prompt", "prompt is empty; at least one token is needed")
-        prompts.append(item if isinstance(item, str) else take_ids(item, limits, "prompt"))
+        prompts.append(item if isinstance(item, str) else take_ids(item, limits, "prompt", space))
     return tuple(prompts)
 
 
@@ -251,15 +243,6 @@ def _stop(fields: dict[str, Any]) -> tuple[str, ...]:
     return tuple(many)  # SamplingParams checks number, kind and length
 
 
-def _stop_ids(fields: dict[str, Any], limits: Limits) -> tuple[int, ...]:
-    value = fields.pop("stop_token_ids", None)
-    if value is None:
-        return ()
-    if not isinstance(value, list):
-        raise bad("stop_token_ids", f"stop_token_ids={shown(value)} is not a list of token ids")
-    return tuple(take_ids(value, limits, "stop_token_ids"))
-
-
 def _priority(fields: dict[str, Any]) -> int:
     value = fields.pop("priority", None)
     if value is None:
@@ -278,8 +261,8 @@ def _refuse_rest(fields: dict[str, Any]) -> None:
         if neutral is None:
             raise bad(str(shown(name))[1:-1], f"field {shown(name)} is unknown", "unknown_parameter")
         if not neutral(value):
-            raise bad(name, f"{name}={shown(value)} is not supported by this server; leave it out",
-                      "unsupported_parameter")
+            why = WHY.get(name, "leave it out")
+            raise bad(name, f"{name}={shown(value)} is not supported by this server; {why}", "unsupported_parameter")
 
 
 def _finish(
@@ -288,6 +271,9 @@ def _finish(
     model: str,
     prompts: tuple[str | list[int], ...],
     messages: list[dict[str, str]] | None,
+    space: str,
+    logprobs: object,
+    echo: bool = False,
 ) -> Ask:
     """The fields both routes share."""
     stream, include_usage = _stream(fields)
@@ -299,7 +285,12 @@ def _finish(
     if max_tokens is None and type(given.get("min_tokens")) is int and messages is None:
         given["max_tokens"] = max(16, min(given["min_tokens"], limits.max_model_len))
     given["stop"] = _stop(fields)
-    given["stop_token_ids"] = _stop_ids(fields, limits)
+    given["stop_token_ids"] = take_stop_ids(fields, limits, space)
+    given["logit_bias"] = take_logit_bias(fields, limits, space)
+    if logprobs is not None and (type(logprobs) is not int or not 0 <= logprobs <= MAX_LOGPROBS):
+        name = "logprobs" if messages is None else "top_logprobs"
+        raise bad(name, f"{name}={shown(logprobs)} is not an integer in 0..{MAX_LOGPROBS}")
+    given["logprobs"] = logprobs
     _refuse_rest(fields)
     for name in ("temperature", "top_p", "top_k", "min_p", "n", "seed", "min_tokens", "max_tokens"):
         value = given.get(name)
@@ -312,7 +303,7 @@ def _finish(
     if params.temperature < LEAST_TEMPERATURE:
         params = params.replace(temperature=0.0)
     _check_products(params, max(1, len(prompts)), limits)
-    return Ask(model, prompts, messages, params, max_tokens is not None, stream, include_usage, priority)
+    return Ask(model, prompts, messages, params, max_tokens is not None, stream, include_usage, priority, space, echo)
 
 
 def _check_products(params: SamplingParams, prompts: int, limits: Limits) -> None:
@@ -325,3 +316,6 @@ def _check_products(params: SamplingParams, prompts: int, limits: Limits) -> Non
     total = params.n * prompts * (params.max_tokens or limits.max_model_len)
     if total > MAX_TOTAL_TOKENS:
         raise bad("max_tokens", f"n x prompts x max_tokens is {total} tokens; at most {MAX_TOTAL_TOKENS}")
+    if params.logprobs is not None and total * (params.logprobs + 1) > MAX_TOTAL_LOGPROBS:
+        raise bad("max_tokens", f"n x prompts x max_tokens is {total} tokens with {params.logprobs + 1} logprobs each; "
+                                f"at most {MAX_TOTAL_LOGPROBS} in all")

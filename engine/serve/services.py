@@ -14,8 +14,8 @@ from engine.core.clock import wall_s
 from engine.core.config import ServerConfig
 from engine.serve.engine_client import EngineClient
 from engine.serve.generation import Tools
+from engine.serve.ids import Limits
 from engine.serve.metrics import Metrics
-from engine.serve.schema import Limits
 from engine.serve.text_pool import TextPool
 
 MAX_BODIES_BYTES = 256 << 20  # request bodies held at once, over all clients

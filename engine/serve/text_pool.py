@@ -74,8 +74,10 @@ class _Worker:
 class TextPool:
     """`await pool.encode(text, ...)`: ids, or ApiError 400 naming the limit that was passed."""
 
-    def __init__(self, folder: str, size: int, command: Sequence[str] | None = None) -> None:
+    def __init__(self, folder: str, size: int, command: Sequence[str] | None = None, patch: str | None = None) -> None:
+        """folder: of the tokenizer; patch: of a patched vocabulary for it."""
         self._command = [*(command or (sys.executable, "-m", "engine.serve.text_worker")), folder]
+        self._command += [patch] if patch is not None else []
         self._size = size
         self._idle: asyncio.Queue[_Worker | None] = asyncio.Queue()
         self._all: set[_Worker] = set()
@@ -101,26 +103,32 @@ class TextPool:
         await asyncio.gather(*(worker.kill() for worker in list(self._all)))
         self._all.clear()
 
-    async def encode(self, text: str, *, add_special_tokens: bool, max_tokens: int) -> list[int]:
-        """The ids of a text. Raises ApiError 400 when it is longer than max_tokens [tokens]."""
+    async def encode(self, text: str, *, add_special_tokens: bool, max_tokens: int, both: bool = False) -> wire.Encoded:
+        """The ids of a text; both: with the base vocabulary's. Raises ApiError 400 when it is longer than max_tokens
+        [tokens]."""
         size = self._check_bytes(len(text.encode("utf-8", "surrogatepass")), max_tokens, "prompt")
-        job = wire.Encode(text, add_special_tokens, max_tokens)
+        job = wire.Encode(text, add_special_tokens, max_tokens, both)
         done = await self._run(job, wire.Encoded, ENCODE_DEADLINE_S + size / ENCODE_BYTES_PER_S, "prompt")
         return _within(done, max_tokens, "prompt")
 
-    async def render(self, messages: list[dict[str, str]], *, max_tokens: int) -> list[int]:
+    async def render(self, messages: list[dict[str, str]], *, max_tokens: int, both: bool = False) -> wire.Encoded:
         """The ids of messages in the chat template. Raises ApiError 400 as encode does."""
         size = sum(len(text.encode("utf-8", "surrogatepass")) for item in messages for text in item.values())
         self._check_bytes(size, max_tokens, "messages")
-        job = wire.Render(messages, max_tokens, self.longest_text_bytes(max_tokens))
+        job = wire.Render(messages, max_tokens, self.longest_text_bytes(max_tokens), both)
         deadline_s = TEMPLATE_DEADLINE_S + size / ENCODE_BYTES_PER_S
         done = await self._run(job, wire.Encoded, deadline_s, "messages")
         return _within(done, max_tokens, "messages")
 
-    async def decode(self, tokens: list[int]) -> str:
-        """The text of ids, special tokens included."""
+    async def convert(self, tokens: list[int]) -> wire.Encoded:
+        """The engine's ids for base ids. Raises ApiError 400 for an id that the base has not."""
         deadline_s = ENCODE_DEADLINE_S + len(tokens) / ENCODE_BYTES_PER_S
-        return (await self._run(wire.Decode(tokens), wire.Decoded, deadline_s, "tokens")).text
+        return await self._run(wire.Convert(tokens), wire.Encoded, deadline_s, "prompt")
+
+    async def decode(self, tokens: list[int], *, base: bool = False) -> str:
+        """The text of ids, special tokens included. base: they are the base vocabulary's."""
+        deadline_s = ENCODE_DEADLINE_S + len(tokens) / ENCODE_BYTES_PER_S
+        return (await self._run(wire.Decode(tokens, base), wire.Decoded, deadline_s, "tokens")).text
 
     def longest_text_bytes(self, max_tokens: int) -> int:
         """More bytes than this cannot be max_tokens tokens, whatever they say."""
@@ -221,9 +229,9 @@ async def _ask_within(worker: _Worker, job: msgspec.Struct, deadline_s: float) -
         asking.cancel()
 
 
-def _within(done: wire.Encoded, max_tokens: int, param: str) -> list[int]:
-    """The ids, or ApiError 400 when there were too many to send."""
+def _within(done: wire.Encoded, max_tokens: int, param: str) -> wire.Encoded:
+    """What came, or ApiError 400 when there were too many ids to send."""
     if done.count > max_tokens:
         raise ApiError(400, f"{param} has {done.count} tokens; the model's context is {max_tokens} tokens", param,
                        "context_length_exceeded")
-    return done.tokens
+    return done

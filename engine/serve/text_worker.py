@@ -1,4 +1,4 @@
-"""A process that turns text into ids and back: `python -m engine.serve.text_worker TOKENIZER_FOLDER`.
+"""A process that turns text into ids and back: `python -m engine.serve.text_worker TOKENIZER_FOLDER [PATCH_FOLDER]`.
 
 It exists to be killed: a chat template or a tokenizer that takes too long must not stop anybody else. It reads one job
 from its standard input, writes one answer to its standard output, and dies with its parent. It knows no HTTP.
@@ -23,17 +23,22 @@ def answer(tokenizer: Any, job: wire.ToText) -> wire.FromText:
     """Do one job. A fault of the text or the template becomes a TextError that quotes neither."""
     try:
         if isinstance(job, wire.Decode):
-            return wire.Decoded(tokenizer.decode(job.tokens, skip_special_tokens=False))
+            decoder = getattr(tokenizer, "base", tokenizer) if job.base else tokenizer
+            return wire.Decoded(decoder.decode(job.tokens, skip_special_tokens=False))
+        if isinstance(job, wire.Convert):
+            ids = tokenizer.from_base_ids(job.tokens)
+            return wire.Encoded(ids, len(ids), len(job.tokens))
         if isinstance(job, wire.Encode):
-            ids = tokenizer.encode(job.text, add_special_tokens=job.add_special_tokens)
+            ids, base_ids = tokenizer.encode_both(job.text, job.add_special_tokens)
         else:
-            rendered = tokenizer.render_chat(job.messages, add_generation_prompt=True)
-            size = len(rendered.encode("utf-8", "surrogatepass"))
+            parts = tokenizer.render_parts(job.messages, add_generation_prompt=True)
+            size = sum(len(part.text.encode("utf-8", "surrogatepass")) for part in parts)
             if size > job.max_bytes:
                 return wire.TextError(f"the rendered messages have {size} bytes; the model's context holds "
                                       f"at most {job.max_bytes}")
-            ids = tokenizer.encode(rendered, add_special_tokens=False)
-        return wire.Encoded(ids if len(ids) <= job.max_tokens else [], len(ids))
+            ids, base_ids = tokenizer.encode_parts(parts)
+        fits = len(ids) <= job.max_tokens
+        return wire.Encoded(ids if fits else [], len(ids), len(base_ids), base_ids if fits and job.both else [])
     except TesseraError as error:
         return wire.TextError(str(error)[:1000])
     except MemoryError:
@@ -42,16 +47,19 @@ def answer(tokenizer: Any, job: wire.ToText) -> wire.FromText:
         return wire.TextError(f"the text cannot be processed ({type(error).__name__})")
 
 
-def main(folder: str) -> int:
+def main(folder: str, patch: str | None = None) -> int:
     """Load the tokenizer, say so, then answer until the parent closes the pipe."""
     child.die_with_parent()
     child.leave_signals_to_parent()
     writer = child.FrameWriter(child.claim_stdout())
     resource.setrlimit(resource.RLIMIT_AS, (ADDRESS_SPACE_BYTES, ADDRESS_SPACE_BYTES))
     from engine.tokenization import load_tokenizer
+    from engine.tokenization.vocabulary import Part
 
     try:
-        tokenizer = load_tokenizer(folder)
+        tokenizer = load_tokenizer(folder, patch)
+        if tokenizer.chat_template is not None:
+            tokenizer.encode_parts([Part("x", False)])  # makes what the first chat would wait for
     except TesseraError as error:
         writer.send(wire.TextError(str(error)[:4096]))
         return 2
@@ -69,6 +77,6 @@ def main(folder: str) -> int:
 
 if __name__ == "__main__":
     try:
-        os._exit(main(sys.argv[1]))
+        os._exit(main(*sys.argv[1:3]))
     except BrokenPipeError:
         os._exit(1)

@@ -11,7 +11,16 @@ from typing import Annotated
 import msgspec
 
 from engine.core.config import EngineConfig
-from engine.core.request import MAX_ABS_PRIORITY, MAX_SEED, MAX_STOP_IDS, MAX_TOKENS
+from engine.core.plan import TokenLogprobs
+from engine.core.request import (
+    MAX_ABS_BIAS,
+    MAX_ABS_PRIORITY,
+    MAX_LOGIT_BIAS,
+    MAX_LOGPROBS,
+    MAX_SEED,
+    MAX_STOP_IDS,
+    MAX_TOKENS,
+)
 
 MAX_FRAME_BYTES = 256 << 20
 
@@ -22,6 +31,7 @@ Text = Annotated[str, msgspec.Meta(max_length=16 << 20)]
 Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 40)]
 Tokens = Annotated[list[TokenId], msgspec.Meta(max_length=MAX_TOKENS)]
 UnitFloat = Annotated[float, msgspec.Meta(ge=0.0, le=1.0)]
+Bias = Annotated[float, msgspec.Meta(ge=-MAX_ABS_BIAS, le=MAX_ABS_BIAS)]
 
 
 class Sampling(msgspec.Struct, frozen=True, forbid_unknown_fields=True, array_like=True):
@@ -36,6 +46,8 @@ class Sampling(msgspec.Struct, frozen=True, forbid_unknown_fields=True, array_li
     min_tokens: Annotated[int, msgspec.Meta(ge=0, le=MAX_TOKENS)]
     ignore_eos: bool
     stop_token_ids: Annotated[list[TokenId], msgspec.Meta(max_length=MAX_STOP_IDS)]
+    logprobs: Annotated[int, msgspec.Meta(ge=0, le=MAX_LOGPROBS)] | None = None
+    logit_bias: Annotated[list[tuple[TokenId, Bias]], msgspec.Meta(max_length=MAX_LOGIT_BIAS)] = []
 
     def __post_init__(self) -> None:
         if self.seed > MAX_SEED:
@@ -59,15 +71,24 @@ class Abort(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="abort"
     request_ids: Annotated[list[Id], msgspec.Meta(max_length=1 << 16)]
 
 
+class SetKvLimit(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="set_kv_limit"):
+    """Let no more page groups exist than this; answered by KvLimit, in order."""
+
+    groups: Count
+
+
 class Shutdown(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="shutdown"):
     """Give everything back and exit 0."""
 
 
-ToEngine = Add | Abort | Shutdown
+ToEngine = Add | Abort | SetKvLimit | Shutdown
 
 
 class News(msgspec.Struct, frozen=True, forbid_unknown_fields=True, array_like=True):
-    """New tokens of one sample and, at the end, why. status: 400 or 500 beside an error; param: the wrong field."""
+    """New tokens of one sample and, at the end, why. status: 400 or 500 beside an error; param: the wrong field.
+
+    logprobs: where they were asked for, one for each token.
+    """
 
     request_id: Id
     tokens: Tokens = []
@@ -75,6 +96,7 @@ class News(msgspec.Struct, frozen=True, forbid_unknown_fields=True, array_like=T
     error: Note | None = None
     status: Annotated[int, msgspec.Meta(ge=0, le=599)] = 0
     param: Annotated[str, msgspec.Meta(max_length=64)] | None = None
+    logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 class Accepted(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="accepted"):
@@ -96,7 +118,15 @@ class Stats(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="stats"
     values: Annotated[dict[str, float], msgspec.Meta(max_length=256)]
 
 
-FromEngine = Accepted | Batch | Stats
+class KvLimit(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="kv_limit"):
+    """What came of SetKvLimit. status: 200, 400 (out of range) or 409 (a live request may need more)."""
+
+    status: Annotated[int, msgspec.Meta(ge=200, le=599)]
+    in_use_groups: Count = 0
+    error: Note | None = None
+
+
+FromEngine = Accepted | Batch | Stats | KvLimit
 
 
 class EngineStart(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="start"):
@@ -144,28 +174,37 @@ ControlMessage = Progress | Failed | Facts | Beat
 
 
 class Encode(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="encode"):
-    """Text to ids. max_tokens: more than so many are counted but not sent back."""
+    """Text to ids. max_tokens: more than so many are counted but not sent back. both: base ids, too."""
 
     text: Text
     add_special_tokens: bool
     max_tokens: Count
+    both: bool = False
 
 
 class Render(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="render"):
-    """Messages through the chat template, then to ids. max_bytes: of the rendered text."""
+    """Messages through the chat template, then to ids. max_bytes: of the rendered text; both: as in Encode."""
 
     messages: list[dict[str, str]]
     max_tokens: Count
     max_bytes: Count
+    both: bool = False
 
 
-class Decode(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="decode"):
-    """Ids to text."""
+class Convert(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="convert"):
+    """Ids of the base vocabulary to the engine's."""
 
     tokens: Tokens
 
 
-ToText = Encode | Render | Decode
+class Decode(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="decode"):
+    """Ids to text. base: they are the base vocabulary's."""
+
+    tokens: Tokens
+    base: bool = False
+
+
+ToText = Encode | Render | Convert | Decode
 
 
 class TextReady(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="text_ready"):
@@ -176,10 +215,13 @@ class TextReady(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="te
 
 
 class Encoded(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="encoded"):
-    """ids is empty when there were more than asked for; count is always true."""
+    """tokens is empty when there were more than asked for; count is always true. base_count: tokens of the same text
+    in the base vocabulary (the same number, where there is no patch); base_tokens: these, where asked for."""
 
     tokens: Tokens
     count: Count
+    base_count: Count
+    base_tokens: Tokens = []
 
 
 class Decoded(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="decoded"):

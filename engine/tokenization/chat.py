@@ -9,8 +9,12 @@ Helpers and block trimming are what Hugging Face templates are written for (tran
 from __future__ import annotations
 
 import datetime
+import functools
 import json
-from collections.abc import Mapping, Sequence
+import re
+import secrets
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +29,7 @@ import jinja2.utils
 from engine.core.clock import wall_s
 from engine.core.errors import LoadError, RequestError
 from engine.tokenization.jsonfile import read_bytes
+from engine.tokenization.vocabulary import Part
 
 MAX_TEMPLATE_BYTES = 64 << 10
 MAX_RENDERED_CHARS = 64 << 20
@@ -152,6 +157,119 @@ class ChatTemplate:
             raise RequestError(f"the model's chat template cannot render these messages ({type(error).__name__})",
                                "messages") from None
         return "".join(parts)
+
+
+    def parts(self, messages: Sequence[Mapping[str, Any]], specials: re.Pattern[str], firm: frozenset[str],
+              add_generation_prompt: bool = True) -> list[Part]:
+        """render(), cut where the template's text and the messages' meet; joined, the parts are render()'s text.
+
+        specials: finds special strings; firm: those of special tokens (the others are marks that templates may look
+        for in messages). The messages are rendered again with unguessable digits around every text; where the result
+        without the digits is the same, they show what came from a message. A template that changes texts (or decides
+        by them) defeats this; then only the special strings in messages are marked, and what cannot be told apart is
+        refused. Raises RequestError.
+        """
+        whole = self.render(messages, add_generation_prompt)
+        plain = [_plain(message) for message in messages]
+        digits = f"{secrets.randbits(128):039d}"  # digits: they survive upper, lower, strip and tojson
+
+        def attempt(change: Callable[[int, str], str]) -> str:
+            """The rendering of changed messages; "" when the template will not have them."""
+            changed = [_changed(message, specials, functools.partial(change, index))
+                       for index, message in enumerate(plain)]
+            try:
+                return self.render(changed, add_generation_prompt)
+            except RequestError:
+                return ""
+
+        def surplus(parts: list[Part]) -> set[str]:
+            """Special strings that more of the template's parts hold than it writes around mere digits."""
+            bare = Counter(specials.findall(attempt(lambda _, text: digits if text.strip() else text)))
+            written = Counter(name for text, ours in parts if ours for name in specials.findall(text))
+            return set(written - bare)
+
+        cut = re.split(f"{digits}([01])", attempt(lambda _, text: _between(text, digits + "0", digits + "1")))
+        if "".join(cut[::2]) == whole and cut[1::2] == ["0", "1"] * (len(cut) // 4):
+            found = [Part(text, number % 2 == 0) for number, text in enumerate(cut[::2]) if text]
+            harmless = not any(specials.search(text) for text in _texts(plain))
+            if harmless or not surplus(found):  # a template may have cut the middle out of a text, without our digits
+                return found
+        found = _marked(plain, whole, specials, firm, digits, attempt)
+        if surplus(found) & firm:
+            raise _untold("a special token's text")
+        return found
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every text of a message."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (list, dict)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _texts(item)
+
+
+def _changed(value: Any, specials: re.Pattern[str], change: Callable[[str], str]) -> Any:
+    """A copy of a message with every text changed but roles, types and keys, which templates compare.
+
+    Raises RequestError when one of these holds a special string.
+    """
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, list):
+        return [_changed(item, specials, change) for item in value]
+    if not isinstance(value, dict):
+        return value
+    kept = {key: item for key, item in value.items() if key in ("role", "type") and isinstance(item, str)}
+    if any(specials.search(text) for text in (*value, *kept.values())):
+        raise RequestError("a role, type or key of a message holds a special token's text; leave it out", "messages")
+    return {key: kept[key] if key in kept else _changed(item, specials, change) for key, item in value.items()}
+
+
+def _between(text: str, begin: str, end: str) -> str:
+    """The text with marks inside its outer whitespace, so that trimming it trims the same; unchanged when blank."""
+    core = text.strip()
+    if not core:
+        return text
+    start = text.index(core)
+    return text[:start] + begin + core + end + text[start + len(core) :]
+
+
+def _marked(messages: list[Any], whole: str, specials: re.Pattern[str], firm: frozenset[str], digits: str,
+            attempt: Callable[[Callable[[int, str], str]], str]) -> list[Part]:
+    """The rendering in which each special string of a message is a part of its own. A string that the template itself
+    looks for in that message (its rendering changes without) stays as it is, unless it is a special token's."""
+    pairs = list(dict.fromkeys((index, name) for index, message in enumerate(messages)
+                               for text in _texts(message) for name in specials.findall(text)))
+    names = list(dict.fromkeys(name for _, name in pairs))
+
+    def cut(placed: set[tuple[int, str]]) -> list[Part]:
+        def change(index: int, text: str) -> str:
+            return specials.sub(lambda found: f"{digits}{names.index(found[0]):04d}" if (index, found[0]) in placed
+                                else found[0], text)
+
+        pieces = re.split(f"{digits}([0-9]{{4}})", attempt(change) if placed else whole)
+        pieces[1::2] = [names[int(number)] if int(number) < len(names) else "" for number in pieces[1::2]]
+        return [Part(text, number % 2 == 0) for number, text in enumerate(pieces) if text]
+
+    def is_right(parts: list[Part]) -> bool:
+        return "".join(part.text for part in parts) == whole
+
+    everything = cut(set(pairs))
+    if is_right(everything):
+        return everything
+    placed: set[tuple[int, str]] = set()
+    for pair in pairs:
+        if is_right(cut({*placed, pair})):
+            placed.add(pair)
+        elif pair[1] in firm:
+            raise _untold(repr(pair[1]))
+    return cut(placed)
+
+
+def _untold(what: str) -> RequestError:
+    return RequestError(f"the model's chat template rewrites its messages, and they hold {what}: it cannot be told "
+                        "which of the two wrote it; leave it out", "messages")
 
 
 def find_template(folder: Path, config: Mapping[str, Any]) -> str | None:

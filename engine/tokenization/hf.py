@@ -17,8 +17,9 @@ import tokenizers
 from engine.core.errors import LoadError, RequestError
 from engine.tokenization.byte_table import build_table
 from engine.tokenization.chat import ChatTemplate, find_template
+from engine.tokenization.inert import Inert
 from engine.tokenization.jsonfile import parse_object, read_bytes, read_optional_object
-from engine.tokenization.vocabulary import PieceTable, Tokenizer
+from engine.tokenization.vocabulary import Encoded, Part, PieceTable, Tokenizer
 
 MAX_TOKENIZER_BYTES = 256 << 20
 NAMED_SPECIALS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -49,18 +50,49 @@ class HfTokenizer:
             return max(1, decoded)
         return max(1, decoded, *(len(piece.encode()) for piece in self._backend.get_vocab()))
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Ids of a text. Raises RequestError for text that is not valid Unicode."""
-        return self.encode_batch([text], add_special_tokens)[0]
+    @functools.cached_property
+    def inert(self) -> Inert:
+        """The copy for text that users write; made when first asked for, which takes as long as loading did."""
+        return Inert(self._backend, self.chat_template)
 
-    def encode_batch(self, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
+    def encode(self, text: str, add_special_tokens: bool = True, *, parse_special: bool = True) -> list[int]:
+        """Ids of a text. parse_special: False reads `</s>` and the like as text. Raises RequestError for text that is
+        not valid Unicode."""
+        return self.encode_batch([text], add_special_tokens, parse_special=parse_special)[0]
+
+    def encode_batch(self, texts: Sequence[str], add_special_tokens: bool = True, *, parse_special: bool = True
+                     ) -> list[list[int]]:
         """encode of each. The library uses all cores unless TOKENIZERS_PARALLELISM forbids it."""
         for text in texts:
             check_unicode(text)
+        if not parse_special:
+            found = self.inert.backend.encode_batch(list(texts), add_special_tokens=False)
+            return [list(self._backend.post_process(item, None, add_special_tokens).ids) for item in found]
         if len(texts) == 1:
             return [self._backend.encode(texts[0], add_special_tokens=add_special_tokens).ids]
         encoded = self._backend.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
         return [item.ids for item in encoded]
+
+    def encode_both(self, text: str, add_special_tokens: bool = True) -> Encoded:
+        """See Tokenizer."""
+        ids = self.encode(text, add_special_tokens)
+        return Encoded(ids, ids)
+
+    def encode_parts(self, parts: Sequence[Part]) -> Encoded:
+        """See Tokenizer. The text is encoded whole: a piece may join the end of one part and the beginning of the
+        next, as it does where nobody tells them apart."""
+        text = self.inert.join(parts).text
+        check_unicode(text)
+        ids = self.inert.encode(text)
+        return Encoded(ids, ids)
+
+    def from_base_ids(self, ids: Sequence[int]) -> list[int]:
+        """The same: this vocabulary is its own base."""
+        return list(ids)
+
+    def to_new_id(self, base_id: int) -> int:
+        """The same."""
+        return base_id
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of ids; ids the vocabulary does not have stand for nothing."""
@@ -90,10 +122,18 @@ class HfTokenizer:
 
         Raises RequestError when the model has no template or the template refuses the messages.
         """
+        return self._template().render(messages, add_generation_prompt)
+
+    def render_parts(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> list[Part]:
+        """See Tokenizer. Raises RequestError as render_chat does, and where users' special strings cannot be told
+        from the template's."""
+        return self._template().parts(messages, self.inert.pattern, self.inert.firm, add_generation_prompt)
+
+    def _template(self) -> ChatTemplate:
         if self._chat is None:
             raise RequestError("this model has no chat template; use completions, or put a chat_template.jinja into "
                                "its folder", "messages")
-        return self._chat.render(messages, add_generation_prompt)
+        return self._chat
 
 
 def check_unicode(text: str) -> None:

@@ -10,22 +10,21 @@ from __future__ import annotations
 import functools
 import itertools
 import json
-from collections.abc import Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 
 from engine.core.errors import LoadError, RequestError
-from engine.patching.artefact import Artefact, read
+from engine.patching.artefact import CONFIG_MARK, Artefact, read
 from engine.patching.base import BaseVocabulary, base_of
 from engine.patching.merging import Merger
 from engine.tokenization.hf import HfTokenizer, check_unicode, configured_ends, load_base_tokenizer
+from engine.tokenization.inert import Inert
 from engine.tokenization.jsonfile import read_optional_object
-from engine.tokenization.vocabulary import PieceTable
-
-CONFIG_MARK = "tessera_patch"
-"""The key of config.json that says: the ids in this file and generation_config.json are patched ids."""
+from engine.tokenization.vocabulary import Encoded, Part, PieceTable
 
 
 class PatchedTokenizer:
@@ -67,11 +66,9 @@ class PatchedTokenizer:
         return max(1, decoded, *(sum(spelled[token] for token in old) for old in self.artefact.old_ids))
 
     @functools.cached_property
-    def _plain_backend(self) -> tokenizers.Tokenizer:
-        """A second copy of the backend that reads special strings as ordinary text."""
-        other = tokenizers.Tokenizer.from_str(self._backend.to_str())
-        other.encode_special_tokens = True
-        return other
+    def _inert(self) -> Inert:
+        """The copy of the backend for text that users write."""
+        return self.base.inert if self._merger is not None else Inert(self._backend, self.chat_template)
 
     def encode(self, text: str, add_special_tokens: bool = True, *, parse_special: bool = True) -> list[int]:
         """Ids of a text. parse_special: False reads `</s>` and the like as ordinary text (what users write).
@@ -85,9 +82,45 @@ class PatchedTokenizer:
         """encode of each. The library uses all cores unless TOKENIZERS_PARALLELISM forbids it."""
         for text in texts:
             check_unicode(text)
-        backend = self._backend if parse_special else self._plain_backend
-        found = backend.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens and self._adds)
-        return [self._second(item.ids) for item in found]
+        add = add_special_tokens and self._adds
+        if parse_special:
+            return [self._second(item.ids)
+                    for item in self._backend.encode_batch_fast(list(texts), add_special_tokens=add)]
+        found = self._inert.backend.encode_batch(list(texts), add_special_tokens=False)
+        return [self._second(self._backend.post_process(item, None, add).ids) for item in found]
+
+    def encode_both(self, text: str, add_special_tokens: bool = True) -> Encoded:
+        """See Tokenizer."""
+        base_ids = self.base.encode(text, add_special_tokens and self._adds)
+        if self._merger is None:
+            return Encoded(self.encode(text, add_special_tokens), base_ids)
+        return Encoded(self._second(base_ids), base_ids)
+
+    def encode_parts(self, parts: Sequence[Part]) -> Encoded:
+        """See Tokenizer. The base encodes the text whole, as without a patch; a base token across a boundary stays
+        alone. Merges appended to the BPE are part of it, and reach as far as the base's own."""
+        joined = self._inert.join(parts)
+        check_unicode(joined.text)
+        if self._merger is None:
+            return Encoded(self._inert.encode(joined.text), self.base.encode_parts(parts).base_ids)
+        found = self._inert.backend.encode(joined.text, add_special_tokens=False)
+        base_ids, ids = list(found.ids), []
+        for begin, end in _stretches(found.offsets, joined.bounds):
+            ids += self._second(base_ids[begin:end])
+        return Encoded(ids, base_ids)
+
+    def from_base_ids(self, ids: Sequence[int]) -> list[int]:
+        """See Tokenizer."""
+        for token in ids:
+            if token not in self.artefact.new_id_of and token not in self.artefact.removed:
+                self.to_new_id(token)  # raises
+        if self._merger is not None:
+            return self._merger(ids)
+        text = self.base.decode(ids, skip_special_tokens=False)
+        # Merges work on texts: ids that are not the base's encoding of theirs keep themselves, as its merges kept them.
+        if self.base.encode(text, add_special_tokens=False) == list(ids):
+            return self.encode(text, add_special_tokens=False)
+        return [self.artefact.new_id_of[token] for token in ids]
 
     def encode_with_offsets(self, text: str, add_special_tokens: bool = True
                             ) -> tuple[list[int], list[tuple[int, int]]]:
@@ -144,8 +177,12 @@ class PatchedTokenizer:
         return [self.token_name(token) for token in (ids if self._merger is None else self._merger(ids))]
 
     def render_chat(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:
-        """The messages in the model's chat template; encode the result with add_special_tokens=False."""
+        """The messages in the model's chat template."""
         return self.base.render_chat(messages, add_generation_prompt)
+
+    def render_parts(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> list[Part]:
+        """See Tokenizer."""
+        return self.base.render_parts(messages, add_generation_prompt)
 
     @functools.cached_property
     def _ngram_of(self) -> dict[int, tuple[int, ...]]:
@@ -230,6 +267,21 @@ def _with_merges(backend: tokenizers.Tokenizer, vocabulary: BaseVocabulary, arte
     model["vocab"] = vocab
     model["merges"] = [*model["merges"], *([spelled[left], spelled[right]] for left, right in artefact.merges)]
     return tokenizers.Tokenizer.from_str(json.dumps(definition))
+
+
+def _stretches(offsets: Sequence[tuple[int, int]], bounds: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """[begin, end) of consecutive tokens that lie between the same two bounds; a token across one is a stretch of
+    its own. offsets: characters of each token; bounds: characters, rising."""
+    begin, key = 0, (-1, -1)
+    for index, (first, last) in enumerate(offsets):
+        # One key a side of a bound; a token across one has another on its left than on its right.
+        found = (bisect_right(bounds, first), bisect_right(bounds, max(first, last - 1)))
+        if found != key or found[0] != found[1]:
+            if index > begin:
+                yield begin, index
+            begin, key = index, found
+    if len(offsets) > begin:
+        yield begin, len(offsets)
 
 
 def _divide(text: str, span: tuple[int, int], lengths: list[int]) -> list[tuple[int, int]]:

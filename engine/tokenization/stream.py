@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from engine.core.errors import InvariantError
-from engine.tokenization.vocabulary import Tokenizer
+from engine.tokenization.vocabulary import PieceTable, Tokenizer
 
 REPLACEMENT = "\ufffd"
 
@@ -79,11 +79,12 @@ class Detokenizer:
     stop: strings that end it, not part of the text. min_tokens: a stop string completed by one of the first
     min_tokens tokens does not count. skip_special_tokens: leave special tokens out, as decode does.
     continues: the tokens continue a prompt, so a leading space is text and is kept (decode of the answer alone drops
-    it for SentencePiece vocabularies).
+    it for SentencePiece vocabularies). begun: bytes of a character that the prompt ends in the middle of
+    (unfinished_bytes): if the tokens end it, the text begins with the whole character.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), min_tokens: int = 0,
-                 skip_special_tokens: bool = True, *, continues: bool = False) -> None:
+                 skip_special_tokens: bool = True, *, continues: bool = False, begun: bytes = b"") -> None:
         self._table = table = tokenizer.table
         self._pieces = table.pieces
         self._skipped = table.special_ids if skip_special_tokens else frozenset[int]()
@@ -96,6 +97,7 @@ class Detokenizer:
         self._finished = False
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._run = _Run()
+        self._begun = begun
 
     def push(self, ids: Sequence[int]) -> Delta:
         """Add tokens; the text that is certain now. After a stop, nothing more comes and no token is kept."""
@@ -128,6 +130,10 @@ class Detokenizer:
             return
         armed = self._count > self._min_tokens
         piece = self._pieces[token]
+        if self._begun and piece:
+            begun, self._begun = self._begun, b""
+            if 0x80 <= piece[0] < 0xC0:  # it goes on with the character
+                (self._run if self._table.byte_runs else self._utf8).decode(begun)
         if not self._table.byte_runs:
             self._settle(self._utf8.decode(piece), armed)
         elif token in self._table.mixed:
@@ -201,6 +207,32 @@ class Detokenizer:
         cut = len(self._held) - hold
         text, self._held = self._held[:cut], self._held[cut:]
         return text
+
+
+def unfinished_bytes(table: PieceTable, prompt: Sequence[int]) -> bytes:
+    """The last bytes of a prompt that begin a character and do not end it; b"" in almost every prompt."""
+    tail = b""
+    for token in reversed(prompt):
+        pieces = table.mixed.get(token) or ((table.piece(token), not table.byte_runs or token in table.byte_ids),)
+        for piece, is_byte in reversed(pieces):
+            if token in table.special_ids or not is_byte:
+                return _begun(tail)
+            tail = piece + tail
+        if len(tail) >= 4:
+            break
+    return _begun(tail)
+
+
+def _begun(tail: bytes) -> bytes:
+    """The shortest end of `tail` that is the beginning of a character, if there is one."""
+    for length in range(1, min(4, len(tail) + 1)):
+        decoder = codecs.getincrementaldecoder("utf-8")("strict")
+        try:
+            text = decoder.decode(tail[-length:])
+        except UnicodeDecodeError:
+            continue
+        return b"" if text else tail[-length:]
+    return b""
 
 
 class _Run:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +34,21 @@ class PieceTable:
     def piece(self, token: int) -> bytes:
         """Bytes of an id, special or not; b"" for one the vocabulary does not have (padding rows of a model)."""
         return self.pieces[token] if 0 <= token < len(self.pieces) else b""
+
+
+class Part(NamedTuple):
+    """A piece of a rendered chat. parse_special: the template wrote it; False = a user did, and special strings in it
+    are text."""
+
+    text: str
+    parse_special: bool
+
+
+class Encoded(NamedTuple):
+    """ids: of the engine. base_ids: of the same text in the base vocabulary; the same list where there is no patch."""
+
+    ids: list[int]
+    base_ids: list[int]
 
 
 class Tokenizer(Protocol):
@@ -68,11 +83,27 @@ class Tokenizer(Protocol):
     def table(self) -> PieceTable:
         """How ids become bytes."""
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Ids of a text. Raises RequestError for text that is not valid Unicode."""
+    def encode(self, text: str, add_special_tokens: bool = True, *, parse_special: bool = True) -> list[int]:
+        """Ids of a text. parse_special: False reads `</s>` and the like as text. Raises RequestError for text that is
+        not valid Unicode."""
 
-    def encode_batch(self, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
+    def encode_batch(self, texts: Sequence[str], add_special_tokens: bool = True, *, parse_special: bool = True
+                     ) -> list[list[int]]:
         """encode of each, on all cores where that is allowed."""
+
+    def encode_both(self, text: str, add_special_tokens: bool = True) -> Encoded:
+        """encode, with the base vocabulary's ids of the text."""
+
+    def encode_parts(self, parts: Sequence[Part]) -> Encoded:
+        """Ids of a chat: special strings count only where the template wrote them, nothing is added, and no n-gram
+        of a patched vocabulary reaches from one part into the next. Raises RequestError as encode does."""
+
+    def from_base_ids(self, ids: Sequence[int]) -> list[int]:
+        """The engine's ids for ids of the base vocabulary: those of encode, where these are the base's encoding of a
+        text. Raises RequestError for an id that the base has not."""
+
+    def to_new_id(self, base_id: int) -> int:
+        """The one engine id of a base id. Raises RequestError for one that has none."""
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of ids; ids the vocabulary does not have stand for nothing."""
@@ -82,3 +113,6 @@ class Tokenizer(Protocol):
 
     def render_chat(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:
         """The messages as the model's chat template writes them. Raises RequestError when it cannot."""
+
+    def render_parts(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> list[Part]:
+        """render_chat, cut where the template's words and the messages' meet. For encode_parts."""

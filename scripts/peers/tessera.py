@@ -1,9 +1,13 @@
-"""This engine behind the same pipes as its peers, so that both are timed alike; see vllm_cpu.py for the protocol."""
+"""This engine behind the same pipes as its peers, so that both are timed alike; see vllm_cpu.py for the protocol.
+
+`settings` in the first line are further fields of EngineConfig, for this engine only.
+"""
 
 import json
 import os
 import sys
-import time
+
+from engine.core.clock import MonotonicClock
 
 
 def main() -> None:
@@ -13,13 +17,17 @@ def main() -> None:
     setup = json.loads(sys.stdin.readline())
     import engine
 
-    llm = engine.LLM(setup["model"], dtype=setup["dtype"], max_model_len=2048, max_num_seqs=len(setup["prompts"]))
-    params = engine.SamplingParams(temperature=0, ignore_eos=True, max_tokens=setup["output_tokens"])
+    settings = {"max_model_len": setup["max_model_len"], "max_num_seqs": len(setup["prompts"]), **setup["settings"]}
+    llm = engine.LLM(setup["model"], dtype=setup["dtype"], **settings)
+    params = [
+        engine.SamplingParams(temperature=0, ignore_eos=True, max_tokens=count) for count in setup["output_tokens"]
+    ]
     print(json.dumps({"ready": f"tessera {engine.__version__}"}), file=answers, flush=True)
+    clock = MonotonicClock()
     for _ in sys.stdin:
-        start = time.perf_counter()
+        start_s = clock.now_s()
         outputs = llm.generate(setup["prompts"], params, use_tqdm=False)
-        seconds = time.perf_counter() - start
+        seconds = clock.now_s() - start_s
         count = sum(len(output.outputs[0].token_ids) for output in outputs)
         print(json.dumps({"seconds": seconds, "output_tokens": count}), file=answers, flush=True)
 

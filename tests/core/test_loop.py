@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import random
 
 import pytest
 
 from engine.core.clock import VirtualClock
-from engine.core.errors import InvariantError, RequestError
+from engine.core.errors import ConfigError, InvariantError, RequestError
+from engine.core.ledger import ADMISSION_RULES
 from engine.core.loop import MAX_LOST_STEPS, EngineLoop
 from engine.core.plan import StepPlan, StepResult
 from engine.core.policies import policies
@@ -145,3 +147,60 @@ def test_stats_and_close() -> None:
     loop.close()
     assert executor.closed
     assert "kv_mapped_bytes" not in loop.stats()
+
+
+@pytest.mark.parametrize("policy", policies.names())
+@pytest.mark.parametrize(("depth", "ahead"), [(1, False), (2, True), (2, False)])
+@pytest.mark.parametrize("rule", ADMISSION_RULES)
+def test_the_kv_limit_moves_while_requests_run(policy: str, depth: int, ahead: bool, rule: str) -> None:
+    """Lowered under use and raised again at random: everyone still gets the answer it gets alone, and while more is
+    held than the limit nobody grows. What would leave a live request without an end is refused and changes nothing."""
+    scheduler = make_scheduler(policy, groups=60, max_model_len=100, depth=depth, ahead=ahead, chunk_tokens=None,
+                               rule=ADMISSION_RULES[rule])  # fmt: skip
+    told: list[int] = []
+    executor = FakeExecutor(scheduler.max_num_seqs, ahead)
+    loop = EngineLoop(scheduler, executor, limit_memory=told.append)
+    requests = [make_request(f"r{i}", 3 + 5 * i % 60, 30) for i in range(24)]
+    for request in requests:
+        loop.add(request)
+    rng, ledger, moves, refusals = random.Random(f"{policy} {depth} {rule}"), scheduler.ledger, 0, 0
+    outputs: dict[str, list[int]] = {request.request_id: [] for request in requests}
+    over = False
+    while loop.has_work:
+        if rng.random() < 0.2:
+            limit, before = rng.randint(1, rng.choice((8, 60))), (ledger.total_groups, ledger.free_groups)
+            try:
+                assert loop.set_kv_limit(limit) == ledger.reserved_groups
+                moves += 1
+                assert told[-1] == limit == ledger.total_groups
+            except RequestError:
+                refusals += 1
+                assert (ledger.total_groups, ledger.free_groups) == before
+        held = ledger.reserved_groups
+        for update in loop.step():
+            assert update.finish_reason in (None, "length"), update
+            outputs[update.request_id] += update.tokens
+        scheduler.check()
+        if held > ledger.total_groups:
+            over = True
+            assert ledger.reserved_groups <= held
+    assert moves > 3 and refusals > 0 and (over or policy in ("orca", "faster_transformer"))
+    for request in requests:
+        assert outputs[request.request_id] == expected(request, 100)[0]
+    assert ledger.reserved_groups == 0
+
+
+def test_the_kv_limit_has_a_range_and_an_owner() -> None:
+    """At most the pool of the start; later requests are measured against it; an engine that cannot change says so."""
+    loop = EngineLoop(make_scheduler(groups=10, max_model_len=100), FakeExecutor(8), limit_memory=lambda groups: None)
+    for groups in (0, -1, 11):
+        with pytest.raises(ConfigError, match=r"1\.\.10"):
+            loop.set_kv_limit(groups)
+    assert loop.set_kv_limit(2) == 0
+    with pytest.raises(RequestError, match="at most 31"):
+        loop.add(make_request("long", 32, 1))
+    loop.set_kv_limit(10)
+    loop.add(make_request("long", 32, 1))
+    fixed, _ = make_loop(make_scheduler())
+    with pytest.raises(ConfigError, match="cannot change"):
+        fixed.set_kv_limit(1)

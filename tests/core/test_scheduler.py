@@ -11,7 +11,7 @@ from engine.core.draft import StepDraft, requeue
 from engine.core.errors import ConfigError, InvariantError, RequestError
 from engine.core.ledger import EXACT, UPSTREAM, AdmissionRule
 from engine.core.loop import EngineLoop
-from engine.core.plan import SampledToken, StepResult
+from engine.core.plan import SampledLogprobs, SampledToken, StepPlan, StepResult, TokenLogprobs
 from engine.core.policies import ChunkSchedule, policies
 from engine.core.request import Request
 from engine.core.scheduler import MAX_LONELY_REFUSALS, Scheduler
@@ -597,3 +597,43 @@ def test_planning_ahead_follows_tokens_that_are_still_to_come() -> None:
     ran = {name: sum(c.samples for plan in executor.steps for c in plan.chunks if c.seq_id == name) for name in (0, 1)}
     assert ran == {0: 3, 1: len(seen.tokens["b"]) + 1}
     assert_clean(loop, executor)
+
+
+class Telling:
+    """An executor that tells the logprobs of every other sequence: each token with its negative."""
+
+    def __init__(self, inner: FakeExecutor) -> None:
+        self.inner = inner
+
+    def submit(self, plan: StepPlan) -> None:
+        self.inner.submit(plan)
+
+    def wait(self) -> StepResult:
+        result = self.inner.wait()
+        told = tuple(SampledLogprobs(t.seq_id, t.epoch, TokenLogprobs((t.token,), (-float(t.token),)))
+                     for t in result.tokens if t.seq_id % 2)  # fmt: skip
+        return dataclasses.replace(result, logprobs=told)
+
+    def close(self) -> None:
+        self.inner.close()
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_logprobs_stay_with_their_tokens(seed: int) -> None:
+    """Through refusals, preemptions, dropped results of older epochs, aborts and steps in flight: who asked gets one a
+    token, nobody else any."""
+    rng = random.Random(seed)
+    loop, executor = random_engine(rng, refuse=0.1, fail=0.02)
+    loop.executor = Telling(executor)  # type: ignore[assignment]
+    asked = {}
+    for request in random_requests(rng, 20, 100):
+        try:
+            asked[request.request_id] = loop.add(request) % 2 == 1
+        except RequestError:
+            continue
+    while loop.has_work:
+        if rng.random() < 0.02:
+            loop.abort(rng.choice(list(asked)))
+        for update in loop.step():
+            wanted = tuple(TokenLogprobs((token,), (-float(token),)) for token in update.tokens)
+            assert update.logprobs == (wanted if asked[update.request_id] else ())

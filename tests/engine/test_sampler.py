@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from engine.core.request import SamplingParams
-from engine.runner.sampler import Pick, Sampler, sample_row, uniform
+from engine.runner.sampler import Pick, RawRows, Sampler, sample_row, uniform
 
 
 def pick(index: int = 0, stop: frozenset[int] = frozenset(), **params: object) -> Pick:
@@ -98,3 +98,33 @@ def test_a_poisoned_row_ends_alone() -> None:
     want = logits.argmax(-1).tolist()
     logits[1, 4] = float("nan")
     assert Sampler(20)(logits, [pick(temperature=0.0)] * 3).tolist() == [want[0], -1, want[2]]
+
+
+def test_a_bias_is_added_before_everything_else_and_to_its_row_alone() -> None:
+    """Before temperature, top_k and the ban of min_tokens, which no bias lifts."""
+    logits = torch.zeros(3, 50)
+    picks = [pick(temperature=0.0, logit_bias={7: 3.0, 9: 2.0}),
+             pick(temperature=0.0, stop=frozenset((7,)), min_tokens=4, logit_bias={7: 100.0, 9: 2.0}),
+             pick(temperature=1.0, seed=1, top_k=1, logit_bias={11: 0.5})]  # fmt: skip
+    assert Sampler(50)(logits.clone(), picks).tolist() == [7, 9, 11]
+    assert not any(one.greedy for one in picks) and pick(temperature=0.0).greedy
+    assert not pick(temperature=0.0, logprobs=0).greedy  # a captured graph has no logits to tell
+
+
+def test_logprobs_are_of_the_logits_before_they_are_changed() -> None:
+    """Each row as many as it wants; bit for bit what it gets alone; the picked token first, even an unlikely one."""
+    logits = torch.randn(4, 300, generator=torch.Generator().manual_seed(2)) * 5
+    picks = [pick(temperature=0.0, logprobs=2), pick(temperature=0.0), pick(temperature=0.0, logprobs=0),
+             pick(temperature=0.0, logprobs=5, logit_bias={3: 100.0})]  # fmt: skip
+    changed = logits.clone()
+    raw = RawRows(changed, picks)
+    picked = Sampler(300)(changed, picks)
+    ids, values = raw.logprobs(picked)
+    assert raw.rows == [0, 2, 3] and ids.shape == (3, 6) and ids[2, 0] == 3
+    truth = torch.log_softmax(logits.double(), dim=-1)
+    for place, (row, count) in enumerate(zip(raw.rows, (2, 0, 5), strict=True)):
+        assert ids[place].tolist() == [picked[row], *logits[row].topk(count).indices, *[-1] * (5 - count)]
+        kept = ids[place, : count + 1]
+        torch.testing.assert_close(values[place, : count + 1].double(), truth[row, kept], atol=1e-5, rtol=0)
+        alone = RawRows(logits[row : row + 1], [picks[row]]).logprobs(picked[row : row + 1])
+        assert torch.equal(alone[0][0], kept) and torch.equal(alone[1][0], values[place, : count + 1])

@@ -33,7 +33,8 @@ def drawn_rules(rng: random.Random, rows: int) -> list[Pick]:
         params = SamplingParams(
             temperature=rng.choice([0.0, 0.3, 1.0, 1.7]), top_k=rng.choice([0, 0, 1, 5, 50, 10**6]),
             top_p=rng.choice([1.0, 1.0, 0.9, 0.5, 0.01]), min_p=rng.choice([0.0, 0.0, 0.05, 0.5]),
-            seed=rng.randrange(1 << 60), min_tokens=rng.choice([0, 3]))  # fmt: skip
+            seed=rng.randrange(1 << 60), min_tokens=rng.choice([0, 3]),
+            logit_bias=rng.choice([{}, {3: 5.0, 30: -100.0}]))  # fmt: skip
         picks.append(Pick(params, rng.randrange(5), frozenset(rng.sample(range(40), rng.choice([0, 2, 5])))))
     return picks
 
@@ -41,7 +42,10 @@ def drawn_rules(rng: random.Random, rows: int) -> list[Pick]:
 def near_a_boundary(logits: torch.Tensor, pick: Pick, mine: int, judge: int) -> bool:
     """Whether two tokens differ by rounding alone: next to each other where the point falls, or at the cut of top-p."""
     params = pick.params
-    scaled = logits.double() / params.temperature
+    biased = logits.double()
+    for token, bias in params.logit_bias:
+        biased[token] += bias
+    scaled = biased / params.temperature
     weights = (scaled - scaled.max()).exp()
     if params.top_k > 0 or params.top_p < 1:
         order = torch.sort(scaled, descending=True, stable=True).indices
@@ -100,7 +104,8 @@ def test_rules_of_a_graph_change_between_steps() -> None:
     few = Pick(SamplingParams(temperature=0.0, min_tokens=9), 0, frozenset({int(logits[0].argmax())}))
     hot = Pick(SamplingParams(temperature=1.0, seed=3), 0, frozenset())
     plain = Pick(SamplingParams(temperature=0.0), 0, frozenset())
-    assert rules.fits([few, hot]) and not rules.fits([many])
+    told = Pick(SamplingParams(temperature=1.0, logprobs=2), 0, frozenset())
+    assert rules.fits([few, hot]) and not rules.fits([many]) and not rules.fits([told])
     for picks in ([few, hot], [plain] * 4, [hot] * 3, [plain]):
         rules.load(picks)
         got = choose(logits.clone(), rules.table, torch_argmax).tolist()

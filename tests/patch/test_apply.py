@@ -22,6 +22,8 @@ from engine.patching.apply import apply_patch
 from engine.patching.artefact import Artefact, allocate, read, write
 from engine.patching.base import load_base
 from engine.patching.errors import BaseMismatch
+from engine.tokenization import load_tokenizer
+from scripts.patch import main as patch_command
 from tests.models import TINY_VOCAB, tiny_llama_dir, tiny_qwen2_dir
 
 REMOVED = (300, 301, 410, 511)
@@ -303,3 +305,19 @@ def test_flags() -> None:
     assert (args.method, args.untie, args.keep_tied) == ("exp", False, None)
     with pytest.raises(SystemExit):
         flags_of("--model", "m", "--patch", "p", "--out", "o", "--untie", "--keep-tied", "input")
+
+
+def test_appended_merges_become_rows_behind_the_others(tmp_path: Path) -> None:
+    """The second kind: no id moves, each merge is a new last row, and the folder encodes and loads."""
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text(json.dumps({"text": "pages and steps, pages and slots, requests and pages " * 30}) + "\n")
+    base, vocabulary = tiny_llama_dir(tmp_path), tmp_path / "vocabulary"
+    assert patch_command(["build", "--kind", "appended-merges", "--base", str(base), "--corpus", str(texts),
+                          "--num-tokens", "4", "--out", str(vocabulary), "--keep-copies", "--no-progress"]) == 0
+    artefact = read(vocabulary, base_tokenizer_folder=base)
+    report = apply_patch(base, artefact, tmp_path / "out")
+    assert report.rows_after == report.rows_before + 4 == artefact.vocab_size
+    old, new = logits(base, [10, 20, 30]), logits(tmp_path / "out", [10, 20, 30])
+    assert torch.equal(old, new[:, : report.rows_before])
+    text = "requests and pages"
+    assert len(load_tokenizer(tmp_path / "out").encode(text)) < len(load_tokenizer(base).encode(text))

@@ -19,6 +19,7 @@ from engine.patching import train_step
 from engine.patching.train import TrainSettings, train
 from engine.patching.train_data import TokenBlocks, token_blocks, windows
 from engine.tokenization import load_tokenizer
+from scripts.patch import main as patch_command
 from tests.models import tiny_llama_dir
 
 TEXTS = [f"The quick brown fox number {n} jumps over the lazy dog and reads requests, pages and steps. " * 3
@@ -176,3 +177,23 @@ def test_the_rate_warms_up_and_falls_to_nothing() -> None:
     rates = [train_step.learning_rate(step, 100, 10, 1.0) for step in range(100)]
     assert rates[0] == pytest.approx(0.1) and max(rates) == 1.0 == rates[10] and 0 < rates[-1] < 1e-3
     assert json.dumps(rates) == json.dumps(sorted(rates[:10]) + sorted(rates[10:], reverse=True))
+
+
+def test_one_command_applies_and_trains(tmp_path: Path) -> None:
+    """`train --patch` is `apply` and then `train`, also when it was interrupted in between."""
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    base, vocabulary = model_of(tmp_path), tmp_path / "vocabulary"
+    assert patch_command(["build", "--base", str(base), "--corpus", str(texts), "--num-tokens", "8", "--out",
+                          str(vocabulary), "--no-progress", "--keep-copies"]) == 0  # fmt: skip
+    common = ["--corpus", str(texts), "--context", "16", "--batch", "4", "--steps", "2", "--no-progress"]
+    assert patch_command(["apply", "--model", str(base), "--patch", str(vocabulary), "--out",
+                          str(tmp_path / "applied"), "--no-progress"]) == 0  # fmt: skip
+    assert patch_command(["train", "--model", str(tmp_path / "applied"), "--out", str(tmp_path / "two"), *common]) == 0
+    together = ["train", "--model", str(base), "--patch", str(vocabulary), "--out", str(tmp_path / "one"), *common]
+    assert patch_command(together) == 0
+    assert tensors_of(tmp_path / "one") == tensors_of(tmp_path / "two")
+    (tmp_path / "one").rename(tmp_path / "kept")
+    assert patch_command(together) == 0
+    assert tensors_of(tmp_path / "one") == tensors_of(tmp_path / "kept")
+    assert load_tokenizer(tmp_path / "one").encode(TEXTS[0]) != load_tokenizer(base).encode(TEXTS[0])

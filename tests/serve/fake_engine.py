@@ -59,6 +59,13 @@ class FakeLoop:
     def abort(self, request_id: str) -> bool:
         return self.live.pop(request_id, None) is not None
 
+    def set_kv_limit(self, groups: int) -> int:
+        if groups > 64:
+            raise ConfigError(f"groups={groups} is not in 1..64")
+        if groups < len(self.live):
+            raise RequestError("a live request may need more", "groups")
+        return len(self.live)
+
     def step(self) -> list[Update]:
         time.sleep(STEP_S)
         updates = []

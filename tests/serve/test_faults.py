@@ -21,9 +21,9 @@ from engine.serve import wire
 from engine.serve.app import build_app
 from engine.serve.engine_client import EngineFailed
 from engine.serve.generation import Tools
+from engine.serve.ids import Limits
 from engine.serve.mailbox import Mailbox
 from engine.serve.metrics import Metrics
-from engine.serve.schema import Limits
 from engine.serve.services import Keys, Services
 from engine.serve.text_pool import TextPool
 from engine.tokenization import Detokenizer, load_tokenizer

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 
 from engine.serve import schema
 from engine.serve.errors import ApiError
+from engine.serve.ids import Limits
 from engine.serve.strict_json import parse_object
 from tests.serve.fake_engine import LENGTH, VOCAB
 from tests.serve.harness import Server, raw, running, tiny_folder
@@ -128,11 +129,25 @@ FIELDS: list[tuple[str, dict[str, Any], str, str]] = [
     (C, {"prompt": ["a"] * 1025}, "prompt", "1024"),
     (C, {"prompt": "word " * 2000}, "prompt", str(LENGTH)),
     (C, {"prompt": "x" * 3_000_000}, "prompt", "3000000 bytes"),
-    (C, {"echo": True}, "echo", "not supported"),
-    (C, {"logprobs": 0}, "logprobs", "not supported"),
+    (C, {"echo": 1}, "echo", "true or false"),
+    (C, {"echo": True, "logprobs": 0}, "echo", "prompt's tokens"),
+    (C, {"logprobs": 21}, "logprobs", "0..20"),
+    (C, {"logprobs": True}, "logprobs", "true"),
+    (C, {"logprobs": -1}, "logprobs", "-1"),
+    (C, {"logprobs": 20, "max_tokens": 200, "n": 128, "prompt": ["a"] * 8}, "max_tokens", "logprobs each"),
+    (C, {"bad_words": ["x"]}, "bad_words", "many sequences"),
+    (C, {"token_space": "patched"}, "token_space", "base, engine"),
+    (C, {"token_space": 5}, "token_space", "5"),
     (C, {"best_of": 2}, "best_of", "not supported"),
     (C, {"suffix": "end"}, "suffix", "not supported"),
-    (C, {"logit_bias": {"5": 100}}, "logit_bias", "not supported"),
+    (C, {"logit_bias": {"5": 101}}, "logit_bias", "101"),
+    (C, {"logit_bias": {"5": True}}, "logit_bias", "True"),
+    (C, {"logit_bias": {"512": 1}}, "logit_bias", "512"),
+    (C, {"logit_bias": {"-1": 1}}, "logit_bias", "-1"),
+    (C, {"logit_bias": {"05": 1}}, "logit_bias", "05"),
+    (C, {"logit_bias": {"٣": 1}}, "logit_bias", "not a token id"),
+    (C, {"logit_bias": [5]}, "logit_bias", "a list of 1"),
+    (C, {"logit_bias": {str(i): 1 for i in range(1025)}}, "logit_bias", "1024"),
     (C, {"presence_penalty": 0.5}, "presence_penalty", "0.5"),
     (C, {"frequency_penalty": -2}, "frequency_penalty", "-2"),
     (C, {"repetition_penalty": 1.1}, "repetition_penalty", "1.1"),
@@ -169,8 +184,10 @@ FIELDS: list[tuple[str, dict[str, Any], str, str]] = [
     (CHAT, {"messages": USER, "response_format": {"type": "json_object"}}, "response_format", "not supported"),
     (CHAT, {"messages": USER, "response_format": {"type": "json_schema", "json_schema": {"schema": {"$ref": "#"}}}},
      "response_format", "not supported"),
-    (CHAT, {"messages": USER, "logprobs": True}, "logprobs", "not supported"),
-    (CHAT, {"messages": USER, "top_logprobs": 5}, "top_logprobs", "not supported"),
+    (CHAT, {"messages": USER, "logprobs": 3}, "logprobs", "true or false"),
+    (CHAT, {"messages": USER, "top_logprobs": 5}, "top_logprobs", "needs logprobs"),
+    (CHAT, {"messages": USER, "logprobs": True, "top_logprobs": 21}, "top_logprobs", "0..20"),
+    (CHAT, {"messages": USER, "echo": True}, "echo", "not supported"),
     (CHAT, {"messages": USER, "chat_template": "{{ 1 }}"}, "chat_template", "not supported"),
     (CHAT, {"messages": USER, "chat_template_kwargs": {"tokenize": True}}, "chat_template_kwargs", "not supported"),
     (CHAT, {"messages": USER, "modalities": ["audio"]}, "modalities", "not supported"),
@@ -348,12 +365,13 @@ def test_twenty_hostile_clients_do_not_delay_the_others(server: Server) -> None:
     assert worst_s < 1.0  # ample: other tests share the machine
 
 
-LIMITS = schema.Limits(("tiny",), LENGTH, VOCAB, {"temperature": 0.7})
+LIMITS = Limits(("tiny",), LENGTH, VOCAB, {"temperature": 0.7})
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3), max_leaves=6)
 NAMES = [*schema.SAMPLING, *schema.NEUTRAL, *schema.HARMLESS, "prompt", "messages", "max_tokens", "stop", "stream",
-         "stream_options", "stop_token_ids", "priority", "model", "max_completion_tokens", "other"]
+         "stream_options", "stop_token_ids", "logit_bias", "logprobs", "token_space", "priority", "model",
+         "max_completion_tokens", "other"]
 
 
 @settings(max_examples=300)

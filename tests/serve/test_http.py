@@ -271,7 +271,7 @@ def test_a_client_that_leaves_frees_its_place(server: Server) -> None:
 def test_a_hundred_at_once(server: Server) -> None:
     """Every answer is its own."""
     async def one(http: openai.AsyncOpenAI, i: int) -> None:
-        made = await http.completions.create(model=MODEL, prompt=[260 + i, 261 + i], max_tokens=4, stream=i % 2 == 0)
+        made = await http.completions.create(model=MODEL, prompt=[ids[i], ids[i + 1]], max_tokens=4, stream=i % 2 == 0)
         if i % 2 == 0:
             text = "".join([chunk.choices[0].text async for chunk in made])  # type: ignore[union-attr]
         else:
@@ -279,7 +279,9 @@ def test_a_hundred_at_once(server: Server) -> None:
         assert text == truth[i]
 
     http = server.client()
-    truth = [http.post("/detokenize", json={"tokens": [260 + i, 261 + i] * 2}).json()["prompt"] for i in range(100)]
+    texts = ((i, http.post("/detokenize", json={"tokens": [i]}).json()["prompt"]) for i in range(260, 499))
+    ids = [i for i, text in texts if "\ufffd" not in text]  # parts of characters would join the prompt's
+    truth = [http.post("/detokenize", json={"tokens": ids[i : i + 2] * 2}).json()["prompt"] for i in range(100)]
 
     async def all_of_them() -> None:
         async with openai.AsyncOpenAI(base_url=f"{server.base}/v1", api_key="x", max_retries=0, timeout=60) as client:
@@ -307,7 +309,8 @@ class TestKeys:
         """Also routes that do not exist: nobody learns what is there."""
         http = locked.client()
         for path in ("/v1/models", "/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize", "/version",
-                     "/v1/models/tiny", "/nothing", "/admin/drain", "/health/", "/health%2f", "/metrics"):
+                     "/v1/models/tiny", "/nothing", "/admin/drain", "/admin/kv-limit", "/health/", "/health%2f",
+                     "/metrics"):
             for method in ("GET", "POST", "OPTIONS"):
                 answer = http.request(method, path, json={"prompt": "x"})
                 assert answer.status_code == 401, (method, path)
@@ -359,6 +362,24 @@ class TestKeys:
         """Neither ours nor what a stranger tried."""
         locked.client().get("/v1/models", headers={"authorization": "Bearer tried-this-key"})
         assert not [word for word in ("first-key", "second-key", "admin-key", "tried-this") if word in locked.text()]
+
+    def test_the_kv_limit_is_an_admin_s(self, locked: Server) -> None:
+        """Groups, or bytes rounded down to groups; what is out of range is a 400, what live requests forbid a 409."""
+        http = locked.client(headers={"authorization": "Bearer admin-key"})
+        assert http.post("/admin/kv-limit", json={"groups": 7}).json() == {
+            "groups": 7, "bytes": 7 * 8192, "in_use_groups": 0}  # fmt: skip
+        assert http.post("/admin/kv-limit", json={"bytes": 5 * 8192 + 1}).json()["groups"] == 5
+        for body in ({"groups": 65}, {"groups": -1}, {"groups": 1.0}, {"groups": True}, {"bytes": "1GiB"}, {}, {"x": 1},
+                     {"groups": 1, "bytes": 1}, {"groups": 1 << 49}):  # fmt: skip
+            answer = http.post("/admin/kv-limit", json=body)
+            assert answer.status_code == 400 and answer.json()["error"]["message"], body
+        ask = {"prompt": [5, 6, 7], "max_tokens": 200, "stream": True, "ignore_eos": True}
+        api = locked.client(headers={"authorization": "Bearer first-key"})
+        with api.stream("POST", "/v1/completions", json=ask) as stream:
+            lines = stream.iter_lines()
+            assert next(lines).startswith("data: ")
+            answer = http.post("/admin/kv-limit", json={"groups": 0})
+            assert answer.status_code == 409 and answer.json()["error"]["code"] == "conflict"
 
     def test_admin_drain_is_sigterm(self, locked: Server) -> None:
         """The last test of this server: it ends with status 0."""

@@ -92,8 +92,9 @@ def test_bytes_first_then_tokens(tmp_path: Path) -> None:
             await pool.encode("x" * (limit + 1), add_special_tokens=True, max_tokens=LENGTH)
         with pytest.raises(ApiError, match=f"has {LENGTH + 1} tokens"):
             await pool.encode("\n" * (LENGTH + 1), add_special_tokens=False, max_tokens=LENGTH)
-        assert len(await pool.encode("\n" * LENGTH, add_special_tokens=False, max_tokens=LENGTH)) == LENGTH
-        assert await pool.decode(await pool.encode("a 🙂 b", add_special_tokens=False, max_tokens=LENGTH)) == "a 🙂 b"
+        assert (await pool.encode("\n" * LENGTH, add_special_tokens=False, max_tokens=LENGTH)).count == LENGTH
+        done = await pool.encode("a 🙂 b", add_special_tokens=False, max_tokens=LENGTH)
+        assert await pool.decode(done.tokens) == "a 🙂 b"
 
     with_pool(tiny_folder(tmp_path / "model"), job)
 
@@ -108,7 +109,7 @@ def test_a_killed_worker_costs_its_own_job_only(tmp_path: Path) -> None:
             return_exceptions=True)
         failed = [result for result in results if isinstance(result, ApiError)]
         assert len(failed) <= 2 and all(error.status == 400 for error in failed)
-        assert sum(isinstance(result, list) for result in results) == 20 - len(failed)
+        assert sum(isinstance(result, wire.Encoded) for result in results) == 20 - len(failed)
 
     with_pool(tiny_folder(tmp_path / "model"), job, size=2)
     assert wait_until(lambda: not children_of_pool(), 3)

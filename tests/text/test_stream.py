@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from engine.core.errors import InvariantError
 from engine.tokenization import Detokenizer, HfTokenizer
+from engine.tokenization.stream import unfinished_bytes
 from tests.text.conftest import real
 
 STYLES = ("smollm2", "llama2", "llama3_2", "qwen2_5")  # llama2 is SentencePiece with byte fallback
@@ -181,3 +182,33 @@ def test_work_per_token_does_not_grow_with_the_text(tiny: HfTokenizer) -> None:
             stream.push([token])
         spent.append(time.perf_counter() - began_s)
     assert spent[3] < 3 * spent[0] + 0.05, spent
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_a_prompt_cut_anywhere_and_its_rest_make_the_text(style: str) -> None:
+    """Also inside a character: the rest begins with the whole of it; a rest that does not end it begins afresh."""
+    tokenizer = real(style)
+    table = tokenizer.table
+    ids = tokenizer.encode("x é 你好 🙂𓀀 y", False)
+    text, fresh = b"".join(map(table.piece, ids)).decode(), tokenizer.encode("a", False)[-1]
+    cuts = set()
+    for at in range(len(ids) + 1):
+        begun = unfinished_bytes(table, ids[:at])
+        cuts.add(len(begun))
+        stream = Detokenizer(tokenizer, continues=True, begun=begun)
+        said = stream.push(ids[at:]).text + stream.finish().text
+        before = b"".join(map(table.piece, ids[:at]))
+        assert before[: len(before) - len(begun)].decode() + said == text
+        other = Detokenizer(tokenizer, continues=True, begun=begun)
+        assert other.push([fresh]).text == table.piece(fresh).decode()
+    assert len(cuts) >= 3
+
+
+def test_only_the_beginning_of_a_character_counts_as_unfinished(tiny: HfTokenizer) -> None:
+    """Whole characters, stray continuation bytes and special tokens are no beginning."""
+    byte_of = {piece[0]: token for token, piece in enumerate(tiny.table.pieces) if len(piece) == 1}
+    smile = [byte_of[byte] for byte in "🙂".encode()]
+    for ids, wanted in (([], b""), (smile, b""), (smile[:3], "🙂".encode()[:3]), (smile[1:3], b""),
+                        ([*smile[:2], 3], b""), ([byte_of[0xC3], byte_of[0x41]], b""), (smile * 9, b""),
+                        (smile * 9 + smile[:1], "🙂".encode()[:1])):  # fmt: skip
+        assert unfinished_bytes(tiny.table, ids) == wanted

@@ -1,0 +1,154 @@
+"""mapping: what physical memory on demand costs: a page, and the wait of a step, with and without looking ahead.
+
+A page: every verb of the driver over many pages, one after the other. A step: the time that the engine's thread spent
+growing slots or waiting for the mapper before it could start, apart for steps with a prompt and for decodes alone. The
+price of a first touch (the system clears what it hands out) is in the step's time, not in its stall.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from engine.core.clock import MonotonicClock
+from engine.core.executor import Executor
+from engine.core.plan import StepPlan, StepResult
+from scripts.benching import drive
+from scripts.benching.engines import Opened, add_model_flags, opened
+from scripts.benching.figures import Figure, Record, finish
+from scripts.benching.metrics import quantile
+from scripts.benching.options import add_run_flags, add_workload_flags, report_of, workloads_of
+from scripts.benching.workloads import Workload
+from vattention_ext import KvAllocator, KvGeometry
+
+VERBS = ("create", "map", "allow", "unmap", "destroy")
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """See --help."""
+    add_model_flags(parser)
+    add_workload_flags(parser, "16x32+128,8x512+4")
+    add_run_flags(parser, 1)
+    parser.add_argument("--pages", type=int, default=128, help="pages a run of the verbs takes [128]")
+
+
+def run(args: argparse.Namespace, rest: Sequence[str]) -> int:
+    """Measure. Returns 0. Raises ValueError for fewer than 2 pages."""
+    if args.pages < 2:
+        raise ValueError(f"--pages {args.pages} must be at least 2, one of K and one of V")
+    workloads = workloads_of(args)
+    with opened(args, rest) as engine:
+        report = report_of(args, engine)
+        geometry = engine.loop.executor.runner.store.geometry  # type: ignore[attr-defined]
+        report.records.append(verbs(geometry, engine, args.pages, args.runs))
+        for workload in workloads:
+            engine.check_fits(workload)
+        for workload in workloads:
+            for ahead in (True, False):
+                report.records += steps(engine, workload, args.runs, ahead=ahead)
+    finish(report, args.json)
+    return 0
+
+
+def verbs(geometry: KvGeometry, engine: Opened, pages: int, runs: int) -> Record:
+    """Grow one slot, give everything back; microseconds a page by verb. Floor: clearing the page."""
+    groups = max(1, min(pages // geometry.pages_per_group, geometry.groups_per_slot))
+    found: dict[str, list[float]] = {name: [] for name in ("grow", *VERBS)}
+    clock = MonotonicClock()
+    for _ in range(runs):
+        with KvAllocator(geometry, driver=engine.config.kv_driver, pool_groups=groups) as kv:
+            tokens = geometry.tokens_in(groups)
+            slot = kv.acquire(tokens)
+            assert isinstance(slot, int)
+            start_s = clock.now_s()
+            refused = kv.ensure(slot, tokens)
+            took_s = clock.now_s() - start_s
+            if refused is not None:
+                raise ValueError(f"{groups} groups of {geometry.group_bytes} bytes were refused ({refused.reason}); "
+                                 "use a smaller --pages")
+            found["grow"].append(1e6 * took_s / (groups * geometry.pages_per_group))
+            kv.release(slot)
+            kv.reclaim(0)
+            stats = kv.stats()
+            for name in VERBS:
+                found[name].append(stats.driver_time_us[name] / max(1, stats.driver_calls[name]))
+    clear_us = 1e6 * geometry.page_bytes / engine.device.bytes_s
+    figures = tuple(
+        Figure(name, "us/page", tuple(values), False, clear_us if name == "grow" else None)
+        for name, values in found.items()
+    )
+    return Record(f"page of {geometry.page_bytes >> 10} KiB", figures, engine.config.kv_driver,
+                  {"pages": groups * geometry.pages_per_group, "layout": geometry.layout})  # fmt: skip
+
+
+class StallExecutor:
+    """An executor that notes how long each plan's memory held the engine's thread up; everything else passes through.
+
+    stalls_us: by kind of step, "prefill" where a plan has a chunk of a prompt, else "decode".
+    """
+
+    def __init__(self, inner: Executor, allocator: KvAllocator) -> None:
+        self.inner, self.allocator = inner, allocator
+        self.stalls_us: dict[str, list[float]] = {"prefill": [], "decode": []}
+
+    def submit(self, plan: StepPlan) -> None:
+        """See Executor."""
+        before_us = self._stalled_us()
+        self.inner.submit(plan)
+        if plan.chunks:
+            kind = "prefill" if any(chunk.length > 1 for chunk in plan.chunks) else "decode"
+            self.stalls_us[kind].append(self._stalled_us() - before_us)
+
+    def wait(self) -> StepResult:
+        """See Executor."""
+        return self.inner.wait()
+
+    def close(self) -> None:
+        """See Executor."""
+        self.inner.close()
+
+    def _stalled_us(self) -> float:
+        """Foreground time spent growing and waiting since the start."""
+        stats = self.allocator.stats()
+        return stats.grow_us + stats.map_wait_us + stats.fence_wait_us
+
+
+def steps(engine: Opened, workload: Workload, runs: int, *, ahead: bool) -> list[Record]:
+    """The stalls of a workload's steps, a record for each kind of step. ahead=False: nobody maps before a step asks.
+
+    Every run starts with nothing mapped, so that a growth is a growth.
+    """
+    loop, inner = engine.loop, engine.loop.executor
+    store = inner.runner.store  # type: ignore[attr-defined]
+    words = "look-ahead on" if ahead else "look-ahead off"
+    if not ahead:
+        store.look_ahead = lambda plan: None
+    stalls: list[dict[str, list[float]]] = []
+    step_us: list[float] = []
+    try:
+        for number in range(runs):
+            store.allocator.reclaim(0)
+            watched = StallExecutor(inner, store.allocator)
+            loop.executor = watched
+            found = drive.run(loop, workload, engine.spec.vocab)
+            stalls.append(watched.stalls_us)
+            step_us.append(1e6 * quantile(found.step_s, 0.5))
+            print(f"{workload.name}, {words}, run {number + 1}: {found.steps} steps", flush=True)
+    finally:
+        loop.executor = inner
+        if not ahead:
+            del store.look_ahead
+    kinds = [kind for kind in ("prefill", "decode") if all(one[kind] for one in stalls)]
+    return [record_of(workload, f"{kind}, {words}", [one[kind] for one in stalls], step_us) for kind in kinds]
+
+
+def record_of(workload: Workload, variant: str, runs: Sequence[Sequence[float]], step_us: Sequence[float]) -> Record:
+    """Stalls of the steps of one kind, by run, and what the longest hundredth is of the run's median step."""
+    figures = [
+        Figure(f"stall_{name}", "us", tuple(quantile(stalls, part) for stalls in runs), False)
+        for name, part in (("p50", 0.5), ("p99", 0.99), ("max", 1.0))
+    ]
+    shares = tuple(100 * quantile(stalls, 0.99) / step for stalls, step in zip(runs, step_us, strict=True))
+    figures.append(Figure("stall_p99 / step", "%", shares, False))
+    figures.append(Figure("step_p50", "us", tuple(step_us), False))
+    return Record(workload.name, tuple(figures), variant, {"steps": [len(stalls) for stalls in runs]})
