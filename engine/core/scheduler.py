@@ -56,8 +56,7 @@ class Scheduler:
     max_num_seqs: sequences that hold memory (slots) at once. max_model_len: known tokens at which a sequence ends.
     depth: steps in flight at once. ahead=False: a sequence is in one of them only (pipeline stages). ahead=True: a step
     is planned as if the ones before it had succeeded (the executor has their tokens when it needs them); what stops
-    late costs one discarded token. pace: told how long each step with prompts or decodes behind it took, from the
-    times that plan() is given.
+    late costs one discarded token. pace: told how long each step took, from the times that plan() is given.
     Every plan that is not `is_empty` must be submitted; results must be committed in that order.
     """
 
