@@ -21,8 +21,10 @@ endif
 NATIVE := $(wildcard $(addprefix vattention_ext/csrc/*,.cpp .hpp .ipp) $(addprefix kernels/cpu/*,.cpp .hpp .ipp))
 INSTALL := scripts/install.py requirements/versions.toml setup.py pyproject.toml
 CPU_TESTS := $(shell grep -v '^\#' tests/manifests/cpu.txt)
+GPU_TESTS := $(shell grep -v '^\#' tests/manifests/gpu.txt)
+SHARD ?= 1/1
 
-.PHONY: help serve test test-full check sanitize environment docs wheel clean
+.PHONY: help serve test test-full test-gpu check sanitize environment docs wheel clean
 
 help: ## what there is to make
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -35,6 +37,9 @@ test: check ## make check and the whole CPU suite
 
 test-full: check ## make test with the slow tests
 	$(PY) -m pytest --timeout 1800 $(CPU_TESTS) $(ARGS)
+
+test-gpu: $(STATE)/.ready-test ## the tests that need a GPU, skipped without one; SHARD=1/4 runs a quarter
+	$(PY) -m pytest -p no:cacheprovider --timeout 300 --shard $(SHARD) $(GPU_TESTS) $(ARGS)
 
 check: $(STATE)/.ready-test ## ruff, mypy, manifests, import floors, lints, links
 	$(PY) -m scripts.check

@@ -166,7 +166,7 @@ setup(
     python_requires=VERSIONS["python"],
     packages=packages(),
     package_dir={"tessera_kernels": "kernels"},
-    package_data={"": ["py.typed", "*.pyi"]},
+    package_data={"": ["py.typed", "*.pyi"], "tessera_kernels": ["tuning/*.json"]},
     include_package_data=False,
     ext_modules=extensions(),
     cmdclass={"build_ext": IncrementalBuild},

@@ -11,23 +11,27 @@ import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from engine.attention.base import backends, choose_backend
+from engine.attention.base import Choice, backends, choose_backend, make_backend
 from engine.core.config import DEFAULT_CPU_POOL_BYTES, EngineConfig, resolve_auto, resolve_pool_groups
 from engine.core.errors import ConfigError
 from engine.core.growth import GrowthForecast
 from engine.core.ledger import ADMISSION_RULES, KvLedger
 from engine.core.loop import EngineLoop
-from engine.core.policies import ChunkSchedule, make_policy
+from engine.core.policies import ChunkSchedule, Pace, make_policy
 from engine.core.request import SamplingParams
 from engine.core.scheduler import Scheduler
 from engine.exec.local import LocalExecutor
+from engine.kv.paged import PagedStore
 from engine.kv.slots import SlotStore
+from engine.kv.store import KvStore
 from engine.loading.spec import ModelSpec, read_config
 from engine.loading.weights import open_weights
 from engine.models import models
+from engine.parts.cuda_kernels import CudaLayer
 from engine.parts.dummy import dummy_weights
 from engine.parts.kernel_set import kernel_sets
 from engine.parts.parts import Parts
@@ -35,7 +39,9 @@ from engine.patching.artefact import Artefact
 from engine.patching.reduction import load_reduction
 from engine.patching.served import check_weights, fit, patch_folder
 from engine.runner.batch import Row, pack
+from engine.runner.device_sampler import DeviceSampler
 from engine.runner.graphs import DecodeGraphs
+from engine.runner.pieces import PieceGraphs
 from engine.runner.runner import Runner
 from engine.runner.sampler import Sampler
 from vattention_ext import KvAllocator, KvGeometry
@@ -43,6 +49,8 @@ from vattention_ext import KvAllocator, KvGeometry
 log = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]
+MOST_PIECE_TOKENS = 4096  # a longer step keeps the GPU busy for longer than its launches take
+STOCK_BYTES = 256 << 20  # of physical pages that a GPU's mapper keeps created ahead of need
 
 
 def stop_ids_for(spec: ModelSpec, params: SamplingParams) -> frozenset[int]:
@@ -140,25 +148,16 @@ def build_runner(
     """
     assert config.max_model_len is not None
     dtype: torch.dtype = getattr(torch, config.dtype)
-    name, lost = choose_backend(config.attention_backend, config.device, config.dtype, spec.head_dim)
-    log.info("attention backend %s (%s)", name, "; ".join(f"not {k}: {', '.join(v)}" for k, v in lost.items()))
     device = torch.device(config.device)
+    choice = choose_attention(spec, config, device)
+    caps = backends[choice.prefill].caps
     kernel_name = kernels
     if kernels == "auto":
-        kernel_name = "cuda" if device.type == "cuda" else fastest_kernels(dtype)
+        kernel_name = "cuda" if device.type == "cuda" else "torch" if caps.paged else fastest_kernels(dtype)
     set_threads(config.threads or 1, kernel_name)
     kernel_set = kernel_sets[kernel_name]()
     log.info("kernel set %s, %s threads", kernel_name, config.threads)
-    geometry = geometry_of(spec, config, dtype)
-    allocator = KvAllocator(
-        geometry,
-        driver=config.kv_driver,
-        device=device.index or 0,
-        pool_groups=pool_groups,
-        release_after_s=config.kv_release_after_s,
-        floor_groups=config.kv_floor_groups,
-    )
-    store = SlotStore(geometry, allocator, dtype, clear=config.kv_clear)
+    store = make_store(spec, config, pool_groups, device, choice)
     with dummy_weights(device) if config.load_format == "dummy" else open_weights(config.model or "") as source:
         total, done = len(source.names()), 0
 
@@ -172,7 +171,7 @@ def build_runner(
             spec,
             source,
             kernel_set,
-            backends[name](spec),
+            make_backend(choice, spec),
             store,
             dtype=dtype,
             max_model_len=config.max_model_len,
@@ -180,7 +179,54 @@ def build_runner(
             on_tensor=count,
         )
         model = models[spec.architecture](parts)
-    return Runner(model, store, Sampler(spec.vocab, kernel_set.argmax), device)
+    sampler = (DeviceSampler if device.type == "cuda" else Sampler)(spec.vocab, kernel_set.argmax)
+    return Runner(model, store, sampler, device, replayable=backends[choice.decode].caps.graphs)
+
+
+def choose_attention(spec: ModelSpec, config: EngineConfig, device: torch.device) -> Choice:
+    """Attention backends by phase, from what was measured on this device; the log says why the others lost."""
+    measured = None
+    if device.type == "cuda":
+        from tessera_kernels.triton_support import tuning
+
+        measured = tuning(torch.cuda.get_device_name(device)).get("phases", {}).get(str(spec.head_dim))
+    choice = choose_backend(config.attention_backend, config.device, config.dtype, spec.head_dim, measured)
+    lost = "; ".join(f"not {name}: {', '.join(why)}" for name, why in choice.lost.items())
+    log.info("attention backend %s for prompts, %s for decodes (%s)", choice.prefill, choice.decode, lost)
+    return choice
+
+
+def make_store(
+    spec: ModelSpec, config: EngineConfig, pool_groups: int, device: torch.device, choice: Choice
+) -> KvStore:
+    """Slots over mapped pages, or blocks over one pool for a backend that reads block tables."""
+    dtype: torch.dtype = getattr(torch, config.dtype)
+    geometry = geometry_of(spec, config, dtype)
+    caps = backends[choice.prefill].caps
+    if not caps.paged:
+        allocator = KvAllocator(
+            geometry,
+            driver=config.kv_driver,
+            device=device.index or 0,
+            pool_groups=pool_groups,
+            release_after_s=config.kv_release_after_s,
+            floor_groups=config.kv_floor_groups,
+            stock_groups=min(pool_groups // 8, STOCK_BYTES // geometry.group_bytes) if device.type == "cuda" else 0,
+        )
+        return SlotStore(geometry, allocator, dtype, clear=config.kv_clear)
+    if device.type == "cuda" and config.kv_pool_bytes is None and config.kv_pool_groups is None:
+        raise ConfigError(
+            f"--attention-backend {choice.prefill} allocates its whole pool before the model is loaded, so its size "
+            "cannot be measured; give --kv-pool-bytes"
+        )
+    store = PagedStore(geometry, pool_groups, dtype, device, clear=config.kv_clear)
+    if store.block_tokens % caps.block_multiple:
+        want = geometry.token_bytes * caps.block_multiple
+        raise ConfigError(
+            f"--attention-backend {choice.prefill} wants blocks of a multiple of {caps.block_multiple} tokens, and "
+            f"--kv-page-bytes {geometry.page_bytes} holds {store.block_tokens}; use --kv-page-bytes {want}"
+        )
+    return store
 
 
 def set_threads(threads: int, kernel_name: str) -> None:
@@ -254,39 +300,43 @@ def chunk_schedule(config: EngineConfig) -> ChunkSchedule | None:
     return ChunkSchedule(low, high, over, stages, config.chunk_schedule_budget)
 
 
-def prepare_gpu(runner: Runner, config: EngineConfig, pool_groups: int, progress: Progress | None) -> int:
+def prepare_gpu(
+    runner: Runner, spec: ModelSpec, config: EngineConfig, pool_groups: int, progress: Progress | None
+) -> int:
     """Run the largest step once, record the graphs, and size the pool by what memory is left. Returns its groups.
 
     The step's peak stays with PyTorch's allocator, so what is free afterwards is the pool's to take. An explicit pool
     size is kept.
     """
-    store = runner.store
-    assert isinstance(store, SlotStore)
-    allocator = store.allocator
-    geometry = store.geometry
+    store, geometry = runner.store, runner.store.geometry
     tokens = min(config.high_chunk_tokens or config.chunk_tokens or geometry.max_tokens, geometry.max_tokens)
-    slot = allocator.acquire(tokens)
-    assert isinstance(slot, int)
-    if allocator.ensure(slot, tokens) is not None:
-        raise ConfigError(f"the KV pool cannot hold one step of {tokens} tokens; raise --gpu-memory-utilization")
+    slot = store.borrow(tokens)
     with torch.inference_mode():
-        runner.model(pack([Row(slot, 0, [0] * tokens, True)]).to(runner.device))
-        if not config.enforce_eager:
+        step = pack([Row(slot, 0, [0] * tokens, True)]).to(runner.device)
+        runner.model(store.place(step))
+        layers = getattr(runner.model, "layers", [])
+        if not config.enforce_eager and layers and all(isinstance(layer, CudaLayer) for layer in layers):
+            most = min(tokens + config.max_num_seqs, MOST_PIECE_TOKENS)
+            split: Any = runner.model
+            runner.pieces = PieceGraphs(split, runner.device, most, heads=spec.heads, head_dim=spec.head_dim)
+            runner.pieces.capture(progress)
+        if not config.enforce_eager and runner.replayable:
+            assert isinstance(runner.sampler, DeviceSampler)
             graphs = DecodeGraphs(
-                runner.model, runner.newest, runner.sampler.argmax, runner.device, min(config.max_num_seqs, 512)
+                runner.model, store.place, runner.newest, runner.sampler, runner.device, min(config.max_num_seqs, 512)
             )
             graphs.capture(progress)
             runner.graphs = graphs
     torch.cuda.synchronize()
-    allocator.trim(slot, 0)
-    allocator.release(slot)
-    allocator.reclaim(0)
+    store.give_back(slot)
+    if not isinstance(store, SlotStore):
+        return pool_groups
     if config.kv_pool_bytes is None and config.kv_pool_groups is None:
         free_bytes, total_bytes = torch.cuda.mem_get_info()
         spare_bytes = int(total_bytes * (1 - config.gpu_memory_utilization))
         pool_groups = min(pool_groups, max(1, (free_bytes - spare_bytes) // geometry.group_bytes))
     log.info("KV pool of %d groups, %d MiB", pool_groups, pool_groups * geometry.group_bytes >> 20)
-    allocator.set_limit(pool_groups)
+    store.allocator.set_limit(pool_groups)
     return pool_groups
 
 
@@ -296,7 +346,7 @@ def build_engine(config: EngineConfig, *, kernels: str = "auto", progress: Progr
     runner = build_runner(spec, resolved, pool_groups, kernels=kernels, progress=progress)
     geometry = runner.store.geometry
     if resolved.device == "cuda":
-        pool_groups = prepare_gpu(runner, resolved, pool_groups, progress)
+        pool_groups = prepare_gpu(runner, spec, resolved, pool_groups, progress)
     pool_groups = within_mappings(config, pool_groups, runner.store.addressable_groups)
     rule = dataclasses.replace(ADMISSION_RULES[resolved.admission], growth_risk=resolved.admission_risk)
     ledger = KvLedger(pool_groups, geometry.groups_for, rule)
@@ -309,11 +359,15 @@ def build_engine(config: EngineConfig, *, kernels: str = "auto", progress: Progr
     if rule.growth_risk is not None:
         group_tokens = geometry.page_bytes / geometry.token_bytes
         forecast = GrowthForecast(rule.growth_risk, group_tokens, demand.sides["out"], reduction.base_lengths)
+    pace = None
+    if resolved.tbt_target_ms is not None:
+        pace = Pace(resolved.tbt_target_ms / 1e3, (resolved.tbt_bound_ms or resolved.tbt_target_ms) / 1e3)
     policy = make_policy(
         resolved.scheduler,
         max_model_len=geometry.max_tokens,
         chunk_tokens=None if resolved.dynamic_chunking else resolved.chunk_tokens,
         schedule=chunk_schedule(resolved),
+        pace=pace,
     )
     scheduler = Scheduler(
         policy,
@@ -323,6 +377,7 @@ def build_engine(config: EngineConfig, *, kernels: str = "auto", progress: Progr
         depth=2 if resolved.device == "cuda" else 1,
         ahead=resolved.device == "cuda",
         forecast=forecast,
+        pace=pace,
     )
     store = runner.store
     return EngineLoop(scheduler, LocalExecutor(runner), executor_stats=store.stats, limit_memory=store.set_limit,

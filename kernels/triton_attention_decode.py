@@ -23,6 +23,7 @@ from tessera_kernels.attention_slots import attention_reference
 from tessera_kernels.checks import require, require_ints
 from tessera_kernels.triton_support import (
     LOG2_E,
+    Slab,
     early,
     gdc_launch,
     gdc_wait,
@@ -33,6 +34,7 @@ from tessera_kernels.triton_support import (
     settings_for,
     slab_of,
     sms_of,
+    table_stride,
 )
 
 OVER_READ_TOKENS = 0
@@ -147,19 +149,15 @@ def _combine(partial, stats, out_rows, first_unit, last_unit, total, programs,
              mask=(r < RATIO)[:, None] & (d < DIM)[None, :])  # fmt: skip
 
 
-# numbers that change from step to step must not choose another binary
-@triton.jit(do_not_specialize=["batch", "programs", "window", "slots", "kv_lens"])
-def _decode_kernel(
-    q, k, v, out, partial, stats, arrived, slots, kv_lens, batch, programs, window, qk_scale,
-    slot_stride, token_stride, head_stride,
+@triton.jit
+def decode_program(
+    pid, q, k, v, out, partial, stats, arrived, slots, kv_lens, table, batch, programs, window, qk_scale,
+    slot_stride, token_stride, head_stride, table_stride,
     BATCH: tl.constexpr, GROUPS: tl.constexpr, RATIO: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, BLOCK_R: tl.constexpr, PARTS: tl.constexpr,
-    MIN_UNITS: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+    MIN_UNITS: tl.constexpr, PAGE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    if PDL:
-        gdc_wait()
-        gdc_launch()
-    pid = tl.program_id(0)
+    """Program `pid` of `programs`: its stretch of the line. PAGE: tokens of a block of `table`; 0 for slabs."""
     sequence = tl.arange(0, BATCH)
     lens = tl.load(kv_lens + sequence, mask=sequence < batch, other=0)
     _, tiles_of_sequence = _tiles_of(lens, window, BLOCK_N)
@@ -184,7 +182,8 @@ def _decode_kernel(
             group = (unit - begin) // tiles
             tile = (unit - begin) % tiles
             count = tl.minimum(tiles - tile, last_of_stretch - unit)
-            base = tl.load(slots + b).to(tl.int64) * slot_stride + group * head_stride
+            slot = tl.load(slots + b).to(tl.int64)
+            base = (slot * slot_stride if PAGE == 0 else slot * 0) + group * head_stride
             q_row = (b * GROUPS + group) * RATIO + m_row
             q_tile = tl.load(q + q_row[:, None] * DIM + d[None, :], mask=real, other=0.0)
 
@@ -194,7 +193,12 @@ def _decode_kernel(
             for step in tl.range(first_tile + tile, first_tile + tile + count, num_stages=STAGES):
                 row = step * BLOCK_N + n_row
                 # the last real row stands in for rows past the end: never an address beyond kv_len
-                at = base + tl.minimum(row, kv_len - 1).to(tl.int64) * token_stride
+                safe = tl.minimum(row, kv_len - 1)
+                if PAGE == 0:
+                    at = base + safe.to(tl.int64) * token_stride
+                else:
+                    block = tl.load(table + slot * table_stride + safe // PAGE).to(tl.int64)
+                    at = base + block * slot_stride + (safe % PAGE).to(tl.int64) * token_stride
                 if DIM == BLOCK_D:
                     k_tile = tl.load(k + at[:, None] + d[None, :])
                 else:
@@ -236,6 +240,33 @@ def _decode_kernel(
             unit += count
 
 
+# numbers that change from step to step must not choose another binary
+@triton.jit(do_not_specialize=["batch", "programs", "window", "slots", "kv_lens", "table"])
+def _decode_kernel(
+    q, k, v, out, partial, stats, arrived, slots, kv_lens, table, batch, programs, window, qk_scale,
+    slot_stride, token_stride, head_stride, table_stride,
+    BATCH: tl.constexpr, GROUPS: tl.constexpr, RATIO: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, BLOCK_R: tl.constexpr, PARTS: tl.constexpr,
+    MIN_UNITS: tl.constexpr, PAGE: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    if PDL:
+        gdc_wait()
+        gdc_launch()
+    decode_program(tl.program_id(0), q, k, v, out, partial, stats, arrived, slots, kv_lens, table, batch, programs,
+                   window, qk_scale, slot_stride, token_stride, head_stride, table_stride, BATCH, GROUPS, RATIO, DIM,
+                   BLOCK_D, BLOCK_M, BLOCK_N, STAGES, BLOCK_R, PARTS, MIN_UNITS, PAGE, PRECISION)  # fmt: skip
+
+
+def decode_constants(slab: Slab, ratio: int, config: DecodeConfig) -> dict[str, int]:
+    """The kernel's constants that heads and setting decide."""
+    return {
+        "GROUPS": slab.kv_heads, "RATIO": ratio, "DIM": slab.dim, "BLOCK_D": max(16, power_of_two(slab.dim)),
+        "BLOCK_M": max(config.rows, power_of_two(ratio)), "BLOCK_N": config.keys, "STAGES": config.stages,
+        "BLOCK_R": power_of_two(ratio), "PARTS": max(2, 4096 // power_of_two(ratio * slab.dim)),
+        "MIN_UNITS": MIN_TILES,
+    }  # fmt: skip
+
+
 def attention_decode(
     q: torch.Tensor,
     k_view: torch.Tensor,
@@ -247,13 +278,15 @@ def attention_decode(
     window: int = 0,
     out: torch.Tensor | None = None,
     pdl: bool = False,
+    table: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """softmax(scale * q k^T) v of one query a sequence -> (B, H * D).
 
     q (B, H, D) contiguous; k_view, v_view (S, C, G, D); slots, kv_lens (B,) int32 on the device. The query of sequence
     b sits at kv_lens[b] - 1 and sees its last `window` keys (all when 0). A sequence of length 0 is left out: its rows
-    of the output are not written. Raises ValueError for a wrong shape, dtype or stride; slots and lengths are trusted,
-    as reading them would wait for the device.
+    of the output are not written. table (S, M) int32: k_view and v_view are blocks (blocks, T, G, D), and block m of a
+    slot holds its tokens m * T and on. Raises ValueError for a wrong shape, dtype or stride; slots and lengths are
+    trusted, as reading them would wait for the device.
     """
     require_float("q", q)
     slab = slab_of(k_view, v_view, q.dtype)
@@ -274,12 +307,11 @@ def attention_decode(
     if batch == 0:
         return out
     _decode_kernel[(workspace.programs,)](
-        q, k_view, v_view, out, workspace.partial, workspace.stats, workspace.arrived, slots, kv_lens, batch,
-        workspace.programs, window, scale * LOG2_E, slab.slot_stride, slab.token_stride, slab.head_stride,
-        BATCH=room_for(batch), GROUPS=slab.kv_heads, RATIO=ratio, DIM=slab.dim,
-        BLOCK_D=max(16, power_of_two(slab.dim)), BLOCK_M=max(config.rows, power_of_two(ratio)), BLOCK_N=config.keys,
-        STAGES=config.stages, BLOCK_R=power_of_two(ratio), PARTS=max(2, 4096 // power_of_two(ratio * slab.dim)),
-        MIN_UNITS=MIN_TILES, PRECISION=precision(q.dtype), num_warps=config.warps, **early(pdl),
+        q, k_view, v_view, out, workspace.partial, workspace.stats, workspace.arrived, slots, kv_lens,
+        slots if table is None else table, batch, workspace.programs, window, scale * LOG2_E, slab.slot_stride,
+        slab.token_stride, slab.head_stride, table_stride(table), BATCH=room_for(batch),
+        **decode_constants(slab, ratio, config), PAGE=0 if table is None else k_view.shape[1],
+        PRECISION=precision(q.dtype), num_warps=config.warps, **early(pdl),
     )  # fmt: skip
     return out
 

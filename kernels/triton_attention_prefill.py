@@ -18,6 +18,7 @@ from tessera_kernels.attention_slots import attention_reference
 from tessera_kernels.checks import require, require_ints
 from tessera_kernels.triton_support import (
     LOG2_E,
+    Slab,
     early,
     gdc_launch,
     gdc_wait,
@@ -27,6 +28,7 @@ from tessera_kernels.triton_support import (
     room_for,
     settings_for,
     slab_of,
+    table_stride,
 )
 
 OVER_READ_TOKENS = 0
@@ -58,12 +60,13 @@ def measured_config(q: torch.Tensor, dim: int) -> PrefillConfig:
 
 
 @triton.jit
-def _stretch(acc, norm, top, q_tile, k_desc, v_desc, k, v, base, token_stride, position, kv_len, window, qk_scale,
-             first, last, d,
+def _stretch(acc, norm, top, q_tile, k_desc, v_desc, k, v, base, pages, slot_stride, token_stride, position, kv_len,
+             window, qk_scale, first, last, d,
              DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
-             MASKED: tl.constexpr, WINDOW: tl.constexpr, BULK: tl.constexpr,
+             MASKED: tl.constexpr, WINDOW: tl.constexpr, BULK: tl.constexpr, PAGE: tl.constexpr,
              PRECISION: tl.constexpr):  # fmt: skip
-    """Key tiles first..last of one query tile; MASKED where a key of them may be hidden from a query."""
+    """Key tiles first..last of one query tile; MASKED where a key of them may be hidden from a query. pages: the
+    sequence's row of the block table (PAGE > 0)."""
     for step in tl.range(first, last, num_stages=STAGES):
         n0 = step * BLOCK_N
         row = n0 + tl.arange(0, BLOCK_N)
@@ -71,7 +74,12 @@ def _stretch(acc, norm, top, q_tile, k_desc, v_desc, k, v, base, token_stride, p
             k_tile = k_desc.load([n0, 0])  # (BLOCK_N, BLOCK_D), zeros at and past kv_len
         else:
             # the last real row stands in for rows past the end: never an address beyond kv_len
-            at = base + tl.minimum(row, kv_len - 1).to(tl.int64) * token_stride
+            safe = tl.minimum(row, kv_len - 1)
+            if PAGE == 0:
+                at = base + safe.to(tl.int64) * token_stride
+            else:
+                block = tl.load(pages + safe // PAGE).to(tl.int64)
+                at = base + block * slot_stride + (safe % PAGE).to(tl.int64) * token_stride
             if DIM == BLOCK_D:
                 k_tile = tl.load(k + at[:, None] + d[None, :])
             else:
@@ -103,35 +111,33 @@ def _stretch(acc, norm, top, q_tile, k_desc, v_desc, k, v, base, token_stride, p
     return acc, norm, top
 
 
-# numbers that change from step to step must not choose another binary
-@triton.jit(do_not_specialize=["batch", "window", "slots", "q_starts", "kv_lens"])
-def _prefill_kernel(
-    q, k, v, out, slots, q_starts, kv_lens, batch, window, qk_scale, slot_stride, token_stride, head_stride,
-    BATCH: tl.constexpr, GROUPS: tl.constexpr, RATIO: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, WINDOW: tl.constexpr, BULK: tl.constexpr,
-    PRECISION: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    if PDL:
-        gdc_wait()
-        gdc_launch()
-    # which tile of which sequence: tiles stand in line, sequence after sequence
+@triton.jit
+def tiles_of_batch(q_starts, batch, BATCH: tl.constexpr, RATIO: tl.constexpr, BLOCK_M: tl.constexpr):
+    """(BATCH,) running sums of query tiles: tiles stand in line, sequence after sequence."""
     sequence = tl.arange(0, BATCH)
     real = sequence < batch
     starts = tl.load(q_starts + sequence, mask=real, other=0)
     lengths = tl.load(q_starts + sequence + 1, mask=real, other=0) - starts
-    tiles = tl.cdiv(lengths * RATIO, BLOCK_M)
-    ends = tl.cumsum(tiles, 0)
-    index = tl.program_id(1)
-    if index >= tl.sum(tiles, 0):
-        return
+    return tl.cumsum(tl.cdiv(lengths * RATIO, BLOCK_M), 0)
+
+
+@triton.jit
+def prefill_tile(
+    group, index, ends, q, k, v, out, slots, q_starts, kv_lens, table, window, qk_scale, slot_stride, token_stride,
+    head_stride, table_stride, GROUPS: tl.constexpr, RATIO: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, WINDOW: tl.constexpr, BULK: tl.constexpr,
+    PAGE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Query tile `index` of the line for one kv head. PAGE: tokens of a block of `table`; 0 for slabs."""
     b = tl.sum((ends <= index).to(tl.int32), 0)
     tile = index - tl.max(tl.where(ends <= index, ends, 0), 0)
     q_start = tl.load(q_starts + b)
     q_len = tl.load(q_starts + b + 1) - q_start
     kv_len = tl.load(kv_lens + b)
     tile = tl.cdiv(q_len * RATIO, BLOCK_M) - 1 - tile  # the longest first
-    group = tl.program_id(0)
-    base = tl.load(slots + b).to(tl.int64) * slot_stride + group * head_stride
+    slot = tl.load(slots + b).to(tl.int64)
+    base = (slot * slot_stride if PAGE == 0 else slot * 0) + group * head_stride
+    pages = table + slot * table_stride
 
     d = tl.arange(0, BLOCK_D)
     m = tile * BLOCK_M + tl.arange(0, BLOCK_M)  # row: token m // RATIO, head m % RATIO of the group
@@ -156,18 +162,38 @@ def _prefill_kernel(
     last = last_position // BLOCK_N + 1
     if WINDOW:
         first = tl.maximum(first_position - window + 1, 0) // BLOCK_N
-        acc, norm, top = _stretch(acc, norm, top, q_tile, k_desc, v_desc, k, v, base, token_stride, position,
-                                  kv_len, window, qk_scale, first, last, d, DIM, BLOCK_D, BLOCK_N, STAGES, True,
-                                  True, BULK, PRECISION)  # fmt: skip
+        acc, norm, top = _stretch(acc, norm, top, q_tile, k_desc, v_desc, k, v, base, pages, slot_stride, token_stride,
+                                  position, kv_len, window, qk_scale, first, last, d, DIM, BLOCK_D, BLOCK_N, STAGES,
+                                  True, True, BULK, PAGE, PRECISION)  # fmt: skip
     else:
         whole = (first_position + 1) // BLOCK_N  # tiles that every query of this tile sees whole
-        acc, norm, top = _stretch(acc, norm, top, q_tile, k_desc, v_desc, k, v, base, token_stride, position,
-                                  kv_len, window, qk_scale, 0, whole, d, DIM, BLOCK_D, BLOCK_N, STAGES, False,
-                                  False, BULK, PRECISION)  # fmt: skip
-        acc, norm, top = _stretch(acc, norm, top, q_tile, k_desc, v_desc, k, v, base, token_stride, position,
-                                  kv_len, window, qk_scale, whole, last, d, DIM, BLOCK_D, BLOCK_N, STAGES, True,
-                                  False, BULK, PRECISION)  # fmt: skip
+        acc, norm, top = _stretch(acc, norm, top, q_tile, k_desc, v_desc, k, v, base, pages, slot_stride, token_stride,
+                                  position, kv_len, window, qk_scale, 0, whole, d, DIM, BLOCK_D, BLOCK_N, STAGES,
+                                  False, False, BULK, PAGE, PRECISION)  # fmt: skip
+        acc, norm, top = _stretch(acc, norm, top, q_tile, k_desc, v_desc, k, v, base, pages, slot_stride, token_stride,
+                                  position, kv_len, window, qk_scale, whole, last, d, DIM, BLOCK_D, BLOCK_N, STAGES,
+                                  True, False, BULK, PAGE, PRECISION)  # fmt: skip
     tl.store(out + at_q, (acc / norm[:, None]).to(out.dtype.element_ty), mask=here)
+
+
+# numbers that change from step to step must not choose another binary
+@triton.jit(do_not_specialize=["batch", "window", "slots", "q_starts", "kv_lens", "table"])
+def _prefill_kernel(
+    q, k, v, out, slots, q_starts, kv_lens, table, batch, window, qk_scale, slot_stride, token_stride, head_stride,
+    table_stride, BATCH: tl.constexpr, GROUPS: tl.constexpr, RATIO: tl.constexpr, DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, WINDOW: tl.constexpr,
+    BULK: tl.constexpr, PAGE: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    if PDL:
+        gdc_wait()
+        gdc_launch()
+    ends = tiles_of_batch(q_starts, batch, BATCH, RATIO, BLOCK_M)
+    index = tl.program_id(1)
+    if index >= tl.max(ends, 0):
+        return
+    prefill_tile(tl.program_id(0), index, ends, q, k, v, out, slots, q_starts, kv_lens, table, window, qk_scale,
+                 slot_stride, token_stride, head_stride, table_stride, GROUPS, RATIO, DIM, BLOCK_D, BLOCK_M, BLOCK_N,
+                 STAGES, WINDOW, BULK, PAGE, PRECISION)  # fmt: skip
 
 
 def bulk_fits(k_view: torch.Tensor) -> bool:
@@ -176,9 +202,17 @@ def bulk_fits(k_view: torch.Tensor) -> bool:
     return all(stride * size % 16 == 0 for stride in k_view.stride()[:3]) and k_view.data_ptr() % 16 == 0
 
 
-def _scratch(size: int, alignment: int, stream: int | None) -> torch.Tensor:
+def scratch(size: int, alignment: int, stream: int | None) -> torch.Tensor:
     """Device memory for the descriptors that programs make; torch's allocator keeps it inside a CUDA graph's pool."""
     return torch.empty(size, dtype=torch.int8, device="cuda")
+
+
+def prefill_constants(slab: Slab, ratio: int, config: PrefillConfig) -> dict[str, int]:
+    """The kernel's constants that heads and setting decide."""
+    return {
+        "GROUPS": slab.kv_heads, "RATIO": ratio, "DIM": slab.dim, "BLOCK_D": max(16, power_of_two(slab.dim)),
+        "BLOCK_M": config.rows, "BLOCK_N": config.keys, "STAGES": config.stages,
+    }  # fmt: skip
 
 
 def attention_prefill(
@@ -193,14 +227,17 @@ def attention_prefill(
     out: torch.Tensor | None = None,
     config: PrefillConfig | None = None,
     pdl: bool = False,
+    table: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """softmax(scale * q k^T) v -> (N, H * D).
 
     q (N, H, D) contiguous; k_view, v_view (S, C, G, D); slots, kv_lens (B,) and q_starts (B + 1,) int32 on the device;
     rows of q beyond q_starts[B] are not computed. Query i of sequence b sits at position kv_lens[b] - q_len + i and
     sees keys up to its own position, the last `window` of them when window > 0. The grid depends on N and B alone, so
-    a launch can stand in a CUDA graph. Raises ValueError for a wrong shape, dtype or stride; slots and lengths are
-    trusted. Source: FlashAttention-2 (Dao 2023, arXiv:2307.08691); differs: heads packed, slabs instead of batches.
+    a launch can stand in a CUDA graph. table (S, M) int32: k_view and v_view are blocks (blocks, T, G, D), and block m
+    of a slot holds its tokens m * T and on; they are then loaded row by row, never by the bulk copy engine. Raises
+    ValueError for a wrong shape, dtype or stride; slots and lengths are trusted. Source: FlashAttention-2 (Dao 2023,
+    arXiv:2307.08691); differs: heads packed, slabs instead of batches.
     """
     require_float("q", q)
     slab = slab_of(k_view, v_view, q.dtype)
@@ -215,17 +252,17 @@ def attention_prefill(
     tokens, heads, dim = q.shape
     ratio = heads // slab.kv_heads
     config = config or measured_config(q, dim)
-    bulk = config.bulk and bulk_fits(k_view)
+    bulk = config.bulk and table is None and bulk_fits(k_view)
     if out is None:
         out = torch.empty((tokens, heads * dim), dtype=q.dtype, device=q.device)
     if tokens and sequences:
         if bulk:
-            triton.set_allocator(_scratch)
+            triton.set_allocator(scratch)
         _prefill_kernel[(slab.kv_heads, triton.cdiv(tokens * ratio, config.rows) + sequences)](
-            q, k_view, v_view, out, slots, q_starts, kv_lens, sequences, window, scale * LOG2_E, slab.slot_stride,
-            slab.token_stride, slab.head_stride, BATCH=room_for(sequences), GROUPS=slab.kv_heads,
-            RATIO=ratio, DIM=dim, BLOCK_D=max(16, power_of_two(dim)), BLOCK_M=config.rows, BLOCK_N=config.keys,
-            STAGES=config.stages, WINDOW=window > 0, BULK=bulk,
-            PRECISION=precision(q.dtype), num_warps=config.warps, **early(pdl),
+            q, k_view, v_view, out, slots, q_starts, kv_lens, slots if table is None else table, sequences, window,
+            scale * LOG2_E, slab.slot_stride, slab.token_stride, slab.head_stride, table_stride(table),
+            BATCH=room_for(sequences), **prefill_constants(slab, ratio, config), WINDOW=window > 0, BULK=bulk,
+            PAGE=0 if table is None else k_view.shape[1], PRECISION=precision(q.dtype), num_warps=config.warps,
+            **early(pdl),
         )  # fmt: skip
     return out

@@ -16,9 +16,9 @@ from tessera_kernels.triton_support import early, gdc_launch, gdc_wait, power_of
 _HEADS_A_PROGRAM = 8
 
 
-@triton.jit(do_not_specialize=["tokens", "positions", "slots"])
+@triton.jit(do_not_specialize=["tokens", "positions", "slots", "rows"])
 def _rope_store_kernel(
-    qkv, cos_sin, positions, slots, q, k_view, v_view, tokens, slot_stride, token_stride, head_stride,
+    qkv, cos_sin, positions, slots, rows, q, k_view, v_view, tokens, slot_stride, token_stride, head_stride,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr, BLOCK_HALF: tl.constexpr,
     BLOCK_HEADS: tl.constexpr, PARTS: tl.constexpr, INTERLEAVED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -57,7 +57,7 @@ def _rope_store_kernel(
     tl.store(q_row + d0[None, :], first, mask=to_q)
     tl.store(q_row + d1[None, :], second, mask=to_q)
     kept = slot >= 0
-    place = slot.to(tl.int64) * slot_stride + position.to(tl.int64) * token_stride
+    place = slot.to(tl.int64) * slot_stride + tl.load(rows + token).to(tl.int64) * token_stride
     to_k = real & turned & (head >= HEADS)[:, None] & kept
     k_row = k_view + place + (head - HEADS)[:, None] * head_stride
     tl.store(k_row + d0[None, :], first, mask=to_k)
@@ -78,13 +78,15 @@ def rope_store(
     heads: int,
     interleaved: bool = False,
     pdl: bool = False,
+    rows: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Rotates q and k, writes k and v at [slot, position], returns q (N, H, D).
+    """Rotates q and k, writes k and v at [slot, row], returns q (N, H, D), in `out` where given.
 
     qkv (N, (H + 2G) * D), or (P, N, ...) float32 parts of a product cut along K; cos_sin (P, 2, D/2) fp32; positions,
-    slots_of_token (N,) int32 on the device; k_view, v_view (S, C, G, D). Pairs are (i, i + D/2), or (2i, 2i + 1) when
-    `interleaved`. A token with slot -1 gets its q and stores nothing. Raises ValueError for a wrong shape, dtype or
-    stride; places are trusted. Source: Su et al. 2021, arXiv:2104.09864.
+    slots_of_token, rows (N,) int32 on the device, rows the positions unless given; k_view, v_view (S, C, G, D). Pairs
+    are (i, i + D/2), or (2i, 2i + 1) when `interleaved`. A token with slot -1 gets its q and stores nothing. Raises
+    ValueError for a wrong shape, dtype or stride; places are trusted. Source: Su et al. 2021, arXiv:2104.09864.
     """
     require_float("k_view", k_view)
     slab = slab_of(k_view, v_view, k_view.dtype)
@@ -100,16 +102,18 @@ def rope_store(
         require(qkv.shape[0] == tokens, "qkv has %d rows for %d positions; want as many", qkv.shape[0], tokens)
     require_ints("positions", positions, tokens)
     require_ints("slots_of_token", slots_of_token, tokens)
+    rows = positions if rows is None else rows
+    require_ints("rows", rows, tokens)
     half = slab.dim // 2
     require(slab.dim % 2 == 0 and cos_sin.dim() == 3 and cos_sin.shape[1:] == (2, half)
             and cos_sin.dtype is torch.float32 and cos_sin.is_contiguous(),
             "cos_sin is %s %s; want (P, 2, %d) torch.float32 contiguous", tuple(cos_sin.shape), cos_sin.dtype,
             half)  # fmt: skip
-    q = torch.empty((tokens, heads, slab.dim), dtype=k_view.dtype, device=qkv.device)
+    q = torch.empty((tokens, heads, slab.dim), dtype=k_view.dtype, device=qkv.device) if out is None else out
     if tokens:
         _rope_store_kernel[(tokens, triton.cdiv(heads + 2 * slab.kv_heads, _HEADS_A_PROGRAM))](
-            qkv, cos_sin, positions, slots_of_token, q, k_view, v_view, tokens, slab.slot_stride, slab.token_stride,
-            slab.head_stride, HEADS=heads, GROUPS=slab.kv_heads, DIM=slab.dim, HALF=half,
+            qkv, cos_sin, positions, slots_of_token, rows, q, k_view, v_view, tokens, slab.slot_stride,
+            slab.token_stride, slab.head_stride, HEADS=heads, GROUPS=slab.kv_heads, DIM=slab.dim, HALF=half,
             BLOCK_HALF=power_of_two(half), BLOCK_HEADS=_HEADS_A_PROGRAM, PARTS=parts, INTERLEAVED=interleaved,
             num_warps=2, **early(pdl),
         )  # fmt: skip

@@ -70,6 +70,16 @@ def slab_of(k_view: torch.Tensor, v_view: torch.Tensor, dtype: torch.dtype) -> S
     return Slab(slot, token, head, k_view.shape[2], k_view.shape[3])
 
 
+def table_stride(table: torch.Tensor | None) -> int:
+    """Elements from one slot's row of a block table to the next; 1 where there is none. Raises ValueError for a wrong
+    dtype or stride."""
+    if table is None:
+        return 1
+    require(table.dim() == 2 and table.dtype is torch.int32 and table.stride(1) == 1,
+            "table is %s %s; want (S, M) torch.int32 with contiguous rows", tuple(table.shape), table.dtype)
+    return table.stride(0)
+
+
 def require_float(name: str, x: torch.Tensor) -> None:
     """`x` has an element type these kernels take."""
     require(x.dtype in DTYPES, "%s is %s; want one of %s", name, x.dtype, DTYPES)

@@ -21,6 +21,7 @@ from tessera_kernels.rope_store import rope_store_reference
 from tessera_kernels.silu_mul import silu_mul_reference
 from tessera_kernels.triton_argmax import RowArgmax
 from tessera_kernels.triton_attention_decode import DecodeConfig, DecodeWorkspace, attention_decode
+from tessera_kernels.triton_attention_hybrid import HybridConfig, HybridWorkspace, attention_hybrid
 from tessera_kernels.triton_attention_prefill import PrefillConfig, attention_prefill, measured_config
 from tessera_kernels.triton_rmsnorm import rmsnorm, rmsnorm_parts_reference
 from tessera_kernels.triton_rope_store import rope_store
@@ -198,6 +199,35 @@ def check_products(bench: Bench, rows: int, width: int) -> Found:
                 yield f"{name} gated={gated} add", relative(onto, want + add.double()), bound
 
 
+def check_hybrid(bench: Bench, heads: int, kv_heads: int, dim: int, window: int = 0, config: HybridConfig | None = None
+                 ) -> Found:  # fmt: skip
+    """Prompts and decodes in one launch: both, either alone, an idle decode and rows of padding behind them."""
+    if config is None:
+        config = HybridConfig(64, 32, 32, 4, 2, 2, bench.dtype is not torch.float32)
+        if bench.device == "cpu" or bench.dtype is torch.float32:
+            config = HybridConfig(16, 16, 16, 4, 2, 2, bench.device == "cpu")
+    mixes = [([(0, 40), (30, 1), (63, 17), (0, 2)], [64, 1, 0, 33, 130]), ([(5, 60)], []), ([], [17, 90])]
+    for chunks, decodes in mixes:
+        lengths = [start + count for start, count in chunks] + decodes
+        slab = bench.slab([max(1, n) for n in lengths], kv_heads, dim, layers=2)
+        starts = [0]
+        for count in [count for _, count in chunks] + [1] * len(decodes):
+            starts.append(starts[-1] + count)
+        q = bench.normal(starts[-1] + 3, heads, dim)
+        workspace = HybridWorkspace.make(q, heads, kv_heads, dim, len(lengths) + 2, config)
+        firsts, lens, counts = (bench.ints(n) for n in (starts, lengths, [len(chunks), len(decodes)]))
+        idle = {starts[i] for i, n in enumerate(lengths) if n == 0}
+        kept = [row for row in range(starts[-1]) if row not in idle]
+        want = _attention_want(q[: starts[-1]], slab, starts, [max(1, n) for n in lengths], window)
+        for run in range(2):  # twice: tickets and counters must be back at zero
+            out = bench.poison(q.shape[0], heads * dim)
+            attention_hybrid(q, slab.k, slab.v, slab.slots, firsts, lens, counts, dim**-0.5, workspace, window, out)
+            error = relative(out[kept], want[kept])
+            untouched = bool(out[[*idle, *range(starts[-1], q.shape[0])]].isnan().all())
+            name = f"hybrid {heads}/{kv_heads}x{dim} w{window} {len(chunks)}+{len(decodes)} #{run}"
+            yield name, error if untouched else float("inf"), BOUND[bench.dtype]
+
+
 def check_graph(bench: Bench) -> Found:
     """A captured decode follows lengths, slots and queries that change between replays. CUDA only."""
     heads, kv_heads, dim, sequences = 32, 8, 128, 12
@@ -223,26 +253,97 @@ def check_graph(bench: Bench) -> Found:
         yield f"decode graph, replay {turn}", relative(out, want), BOUND[bench.dtype]
 
 
-def check_backend(bench: Bench, name: str, heads: int = 32, kv_heads: int = 8, dim: int = 128) -> Found:
-    """A backend on a hybrid batch: prompts first, then decodes; on prompts only; on decodes only."""
-    from engine.attention.base import backends
-    from engine.runner.batch import Batch, Row, pack
+def blocks_of(slab: SimpleNamespace, lengths: list[int], block_tokens: int) -> SimpleNamespace:
+    """The same keys and values as blocks in random order: k, v (blocks, T, G, D), and Paged's table without places."""
+    _, _, kv_heads, dim = slab.k.shape
+    counts = [-(-n // block_tokens) for n in lengths]
+    order = torch.randperm(sum(counts) + 2).tolist()
+    table = torch.zeros(slab.k.shape[0], max(counts), dtype=torch.int32)
+    shape = (len(order), block_tokens, kv_heads, dim)
+    k, v = (torch.full(shape, float("nan"), dtype=slab.k.dtype, device=slab.k.device) for _ in range(2))
+    for slot, length, count in zip(slab.slots.tolist(), lengths, counts, strict=True):
+        for m in range(count):
+            block, n = order.pop(), min(block_tokens, length - m * block_tokens)
+            table[slot, m] = block
+            for side, whole in ((k, slab.k), (v, slab.v)):
+                side[block, :n] = whole[slot, m * block_tokens : m * block_tokens + n]
+    return SimpleNamespace(k=k, v=v, table=table)
 
-    backend = backends[name](SimpleNamespace(heads=heads, kv_heads=kv_heads, head_dim=dim))  # type: ignore[arg-type]
+
+def check_backend(bench: Bench, name: str, heads: int = 32, kv_heads: int = 8, dim: int = 128) -> Found:
+    """A backend on a hybrid batch: prompts first, then decodes; on prompts only; on decodes only. triton_vattn also
+    with hybrid batches in one launch."""
+    from engine.attention.base import backends
+    from engine.runner.batch import Paged, Row, pack
+
+    spec: Any = SimpleNamespace(heads=heads, kv_heads=kv_heads, head_dim=dim)
+    caps = backends[name].caps
+    tried = [(name, backends[name](spec))]
+    if name == "triton_vattn":
+        in_one: Any = backends[name](spec)
+        in_one.hybrid = HybridConfig(64, 32, 32, 4)
+        tried.append((f"{name} in one launch", in_one))
     mixes = [[(0, 70), (200, 1), (129, 40), (300, 1), (5, 1)], [(0, 150)], [(77, 1), (1, 1)]]
     for chunks in mixes:
         for window in (0, 50):
             lengths = [start + count for start, count in chunks]
             slab = bench.slab(lengths, kv_heads, dim, layers=2)
             slots = slab.slots.tolist()
-            rows = [Row(slots[i], start, [0] * count, True) for i, (start, count) in enumerate(chunks)]
-            host = pack(rows)
-            batch = Batch(
-                host.tokens.to(bench.device), host.positions.to(bench.device), host.token_slots.to(bench.device),
-                host.slots.to(bench.device), host.q_starts.to(bench.device), host.kv_lens.to(bench.device),
-                host.sample_rows.to(bench.device), host.spans,
-            )  # fmt: skip
+            host = pack([Row(slots[i], start, [0] * count, True) for i, (start, count) in enumerate(chunks)])
+            batch = replace(host, host=host, **{
+                field: getattr(host, field).to(bench.device)
+                for field in ("tokens", "positions", "token_slots", "slots", "q_starts", "kv_lens", "sample_rows")
+            })  # fmt: skip
+            batch.counts = bench.ints([len(host.spans), len(chunks) - len(host.spans)])
             q = bench.normal(host.num_tokens, heads, dim)
-            got = backend.attend(q, slab.k, slab.v, batch, window)
             want = _attention_want(q, slab, host.q_starts.tolist(), lengths, window)
-            yield f"{name} {len(chunks)} chunks w{window}", relative(got, want), BOUND[bench.dtype]
+            k, v = slab.k, slab.v
+            if caps.paged:
+                blocks = blocks_of(slab, lengths, 16 * caps.block_multiple)
+                k, v, table = blocks.k, blocks.v, blocks.table.to(bench.device)
+                batch.paged = Paged(table, blocks.table.numpy(), k.shape[1], batch.token_slots, batch.positions)
+            for what, backend in tried:
+                got = backend.attend(q, k, v, batch, window)
+                yield f"{what} {len(chunks)} chunks w{window}", relative(got, want), BOUND[bench.dtype]
+
+
+def check_tail(bench: Bench, name: str, layout: str, heads: int = 32, kv_heads: int = 8, dim: int = 128) -> Found:
+    """A backend over real slabs with nothing mapped beyond: lengths around page and tile edges, as one decode, as one
+    chunk, and in both phases at once. One token too far is a fault that ends the process."""
+    from engine.attention.base import backends
+    from engine.kv.slots import SlotStore
+    from engine.runner.batch import Row, pack
+    from vattention_ext import KvAllocator, KvGeometry
+
+    on_cpu = bench.device == "cpu"
+    page_bytes = 4096 if on_cpu else 2 << 20
+    spec: Any = SimpleNamespace(heads=heads, kv_heads=kv_heads, head_dim=dim)
+    geometry = KvGeometry(layers=2 if on_cpu else 32, kv_heads=kv_heads, head_dim=dim,
+                          element_bytes=bench.dtype.itemsize, max_tokens=4096 if not on_cpu else 256, slots=4,
+                          page_bytes=page_bytes, layout=layout)  # fmt: skip
+    allocator = KvAllocator(geometry, "memfd" if on_cpu else "cuda", pool_groups=geometry.groups_per_slot * 4)
+    store = SlotStore(geometry, allocator, bench.dtype, clear=True)
+    edge = max(1, page_bytes // geometry.token_bytes)
+    edges = {n + off for n in (edge, 2 * edge, 64, 128, 176, 352) for off in (-1, 0, 1)} | {1, 33, 65, 1000, 1030}
+    backend = backends[name](spec)
+    for length in sorted(n for n in edges if 0 < n <= min(geometry.max_tokens, 2100 if not on_cpu else 140)):
+        slots = [store.borrow(length) for _ in range(2)]
+        k, v = store.layer_views(geometry.layers - 1)
+        for slot in slots:
+            k[slot, :length] = bench.normal(length, kv_heads, dim)
+            v[slot, :length] = bench.normal(length, kv_heads, dim)
+        half = max(2, length // 2) if length > 1 else 1
+        for chunks in ([1], [half], [half, 1]):
+            rows = [Row(slots[i], length - n, [0] * n, True) for i, n in enumerate(chunks)]
+            host = pack(rows)
+            batch = host if on_cpu else host.to(torch.device(bench.device))
+            q = bench.normal(host.num_tokens, heads, dim)
+            got = backend.attend(q, k, v, batch, 0)
+            views = SimpleNamespace(k=torch.stack([k[slot, :length] for slot in slots]),
+                                    v=torch.stack([v[slot, :length] for slot in slots]),
+                                    slots=torch.arange(len(chunks), dtype=torch.int32))  # fmt: skip
+            want = _attention_want(q, views, host.q_starts.tolist(), [length] * len(chunks), 0)
+            yield f"{name} {layout} length {length} chunks {chunks}", relative(got, want), BOUND[bench.dtype]
+        for slot in slots:
+            store.give_back(slot)
+    store.close()

@@ -1,6 +1,7 @@
 """Check and time the GPU's kernels: `python -m scripts.gpu_kernels [--sections check,decode,...] [--json PATH]`.
 
-Sections: check (every operation against float64), rows, decode, prefill, gemv, gemm, layer. Each variant of a kernel
+Sections: check (every operation against float64), rows, decode, prefill, gemv, gemm, layer, and of whole backends
+(scripts/gpu_phases.py) hybrid, phases, paged, sample. Each variant of a kernel
 is timed in a CUDA graph over rotating buffers; the table prints its speed, its share of the measured ceiling and the
 library beside it. The settings that win go into the JSON file; as kernels/tuning/<device>.json the kernels use them.
 A variant that fails is reported by its error's first line and left out. Shapes are Llama-3-8B's.
@@ -26,6 +27,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from engine.attention.base import backends
 from scripts import gpu_checks, gpu_timing, gpu_variants
 from scripts.gpu_timing import Report, compiling_only, graph_us, show
 from tessera_kernels import triton_gemm, triton_gemv, triton_support
@@ -108,9 +110,13 @@ def section_check(s: Session) -> None:
         tried.append((f"rows {dtype}", partial(gpu_checks.check_rows, bench, WIDTH, 9, 3, 64)))
         tried.append((f"products {dtype}", partial(gpu_checks.check_products, bench, 1024, WIDTH)))
     bench = gpu_checks.Bench("cuda", BF16)
+    tried += [(f"hybrid {heads}", partial(gpu_checks.check_hybrid, bench, *heads)) for heads in gpu_checks.HEADS]
+    tried += [(name, partial(gpu_checks.check_backend, bench, name)) for name in ("triton_vattn", "triton_paged")]
     built = [found for _, found in tried]
     tried.append(("graph", partial(gpu_checks.check_graph, bench)))
-    tried += [(name, partial(gpu_checks.check_backend, bench, name)) for name in ("triton_vattn", "fa_vattn")]
+    for name in backends:
+        if backends[name].caps.device == "cuda" and not name.startswith("triton") and not backends[name].missing():
+            tried.append((name, partial(gpu_checks.check_backend, bench, name)))
     s.compile([lambda f=found: list(f()) for found in built])  # what comes out is nonsense here; what is built stays
     passed = wrong = 0
     for name, found in tried:
@@ -366,9 +372,20 @@ def section_layer(s: Session) -> None:
     gpu_layer.measure(s)
 
 
+def section_backends(which: str) -> Callable[[Session], None]:
+    """A section of scripts/gpu_phases.py."""
+    def run(s: Session) -> None:
+        from scripts import gpu_phases
+
+        getattr(gpu_phases, which)(s)
+
+    return run
+
+
 SECTIONS: dict[str, Callable[[Session], None]] = {
     "check": section_check, "rows": section_rows, "decode": section_decode, "prefill": section_prefill,
     "gemv": section_gemv, "gemm": section_gemm, "layer": section_layer,
+    **{name: section_backends(name) for name in ("hybrid", "phases", "paged", "sample")},
 }  # fmt: skip
 
 
@@ -379,13 +396,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="where results and settings go")
     parser.add_argument("--settings", type=Path, help="a file of an earlier run whose settings to start from")
     parser.add_argument("--quick", action="store_true", help="few variants")
-    parser.add_argument("--compile-only", action="store_true", help="build every variant, run none")
+    parser.add_argument("--compile-only", action="store_true",
+                        help="build every variant, run none; without a GPU: for sm_90")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="threads that compile")
     asked = parser.parse_args(arguments)
     chosen = asked.sections.split(",")
     if unknown := set(chosen) - set(SECTIONS):
         parser.error(f"unknown: {', '.join(sorted(unknown))}; known: {', '.join(SECTIONS)}")
     device = "cpu" if asked.compile_only else "cuda"
+    if asked.compile_only and not torch.cuda.is_available():
+        gpu_timing.pretend_sm90()
     report = Report(*((1.0, 1.0) if asked.compile_only else gpu_timing.ceilings()))
     if asked.settings:
         report.settings.update(json.loads(asked.settings.read_text(encoding="utf-8")).get("settings", {}))

@@ -117,6 +117,31 @@ def compiling_only(workers: int, errors: list[BaseException]) -> Iterator[None]:
         JITFunction.run = original
 
 
+class _Sm90:
+    """What Triton asks of a driver to compile, on a machine without a GPU."""
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+
+def pretend_sm90() -> None:
+    """From here on Triton compiles for an H200; nothing can run."""
+    from triton.runtime import driver
+
+    driver.set_active(_Sm90())
+
+
 def ceilings() -> tuple[float, float]:
     """(GB/s of a large copy, bytes read and written; TFLOP/s of an 8192^3 bf16 product on random data)."""
     source = torch.randn(1 << 29, device="cuda", dtype=torch.float32)  # 2 GiB

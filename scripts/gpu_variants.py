@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tessera_kernels.triton_attention_decode import DecodeConfig
+from tessera_kernels.triton_attention_hybrid import HybridConfig
 from tessera_kernels.triton_attention_prefill import PrefillConfig
 from tessera_kernels.triton_gemm import GemmConfig
 from tessera_kernels.triton_gemv import GemvConfig
@@ -26,6 +27,16 @@ PREFILL = [
         (128, 64, 8, 2, True), (128, 128, 8, 2, True), (64, 64, 4, 2, True), (128, 64, 8, 3, True),
         (64, 128, 4, 2, True), (64, 64, 4, 3, True), (128, 64, 8, 3, False), (64, 64, 4, 2, False),
         (128, 64, 4, 2, True),
+    ]
+]  # fmt: skip
+
+# rows, keys of prompts, keys of decodes, warps, stages, programs per multiprocessor, bulk
+HYBRID = [
+    HybridConfig(*setting)
+    for setting in [
+        (64, 64, 64, 4, 2, 2, True), (128, 64, 64, 8, 2, 1, True), (64, 64, 64, 4, 2, 3, True),
+        (128, 64, 64, 8, 2, 2, True), (64, 64, 32, 4, 3, 2, True), (64, 32, 64, 4, 3, 2, True),
+        (128, 64, 128, 8, 2, 1, True), (64, 64, 64, 4, 2, 2, False),
     ]
 ]  # fmt: skip
 

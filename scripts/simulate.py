@@ -24,7 +24,7 @@ from engine.core.demand import RhoEstimator
 from engine.core.growth import GrowthForecast
 from engine.core.ledger import ADMISSION_RULES, KvLedger
 from engine.core.plan import SampledToken, StepPlan, StepResult, Update
-from engine.core.policies import make_policy, policies
+from engine.core.policies import Pace, make_policy, policies
 from engine.core.request import Request, SamplingParams
 from engine.core.scheduler import Scheduler
 
@@ -110,7 +110,12 @@ class Simulation:
             lambda tokens: -(-tokens // options.group_tokens),
             ADMISSION_RULES[options.admission],
         )
-        policy = make_policy(options.policy, max_model_len=options.max_model_len)
+        pace = None
+        if options.tbt_target_ms is not None:
+            pace = Pace(options.tbt_target_ms / 1e3, (options.tbt_bound_ms or options.tbt_target_ms) / 1e3)
+        policy = make_policy(
+            options.policy, max_model_len=options.max_model_len, chunk_tokens=options.chunk_tokens, pace=pace
+        )
         self.scheduler = Scheduler(
             policy,
             ledger,
@@ -118,6 +123,7 @@ class Simulation:
             max_model_len=options.max_model_len,
             depth=options.depth,
             forecast=self.forecast(),
+            pace=pace,
         )
         self.executor = HashExecutor(self.rng, options.refuse)
         self.now_s = 0.0
@@ -236,6 +242,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--max-model-len", type=int, default=2048)
     parser.add_argument("--pool-tokens", type=int, default=60_000)
     parser.add_argument("--group-tokens", type=int, default=16)
+    parser.add_argument("--chunk-tokens", type=int, default=None)
+    parser.add_argument("--tbt-target-ms", type=float, default=None, help="adapt chunks to step times (sarathi)")
+    parser.add_argument("--tbt-bound-ms", type=float, default=None, help="while many wait; default: the target")
     parser.add_argument("--depth", type=int, default=1)
     parser.add_argument("--abort", type=float, default=0.02, help="probability of an abort after a step")
     parser.add_argument("--refuse", type=float, default=0.0, help="probability that a chunk's memory is refused")

@@ -13,7 +13,7 @@ from engine.runner.batch import Batch
 class TorchVattn:
     """softmax(q k^T / sqrt(D)) v, written out."""
 
-    caps = Caps(device="any", dtypes=("float32", "bfloat16", "float16"), rank=90)
+    caps = Caps(device="any", dtypes=("float32", "bfloat16", "float16"), graphs=False, rank=90)
 
     @classmethod
     def missing(cls) -> str | None:
@@ -35,8 +35,8 @@ class TorchVattn:
             keys = k[slot, :kv_len].transpose(0, 1).float().repeat_interleave(heads // groups, dim=0)  # (H, len, D)
             values = v[slot, :kv_len].transpose(0, 1).float().repeat_interleave(heads // groups, dim=0)
             count = queries.shape[1]
-            position = torch.arange(kv_len - count, kv_len)[:, None]  # (n, 1)
-            other = torch.arange(kv_len)[None, :]  # (1, len)
+            position = torch.arange(kv_len - count, kv_len, device=q.device)[:, None]  # (n, 1)
+            other = torch.arange(kv_len, device=q.device)[None, :]  # (1, len)
             hidden = other > position
             if window:
                 hidden |= other <= position - window

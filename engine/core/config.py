@@ -32,10 +32,10 @@ POLICIES = tuple(Registry[object]("policy", "engine.core.policies").names())
 BACKENDS = ("auto", *Registry[object]("attention backend", "engine.attention").names())
 POLICIES_WITHOUT_CHUNKS = ("orca", "faster_transformer")
 _NOT_BUILT = "is not built; use auto"
-_NO_BLOCKS = "reads block tables, and every request here is contiguous; use auto"
 REFUSED_BACKENDS = {
-    **dict.fromkeys(("fi_vattn", "fa3_vattn", "fa_vattn_sync", "fi_vattn_sync"), _NOT_BUILT),
-    **dict.fromkeys(("triton_paged", "fi_paged", "fa_paged", "flashinfer", "flash_attn"), _NO_BLOCKS),
+    **dict.fromkeys(("fa3_vattn", "fa_vattn_sync", "fi_vattn_sync"), _NOT_BUILT),
+    **dict.fromkeys(("flashinfer", "flash_attn"), "is called fi_paged or fa_paged here (block tables), or fi_vattn or "
+                    "fa_vattn (contiguous)"),
 }
 
 # Flags of related engines whose meaning cannot be honoured: refused by name, never ignored.
@@ -144,6 +144,12 @@ class EngineConfig:
         "request", choices=("request", "step"), group="scheduler",
         help="dynamic chunking: request = each prompt fills the step up to its own size (as published); "
              "step = the smallest size of a step's prompts bounds the step")
+    tbt_target_ms: float | None = knob(
+        None, lo=0.1, hi=60000.0, group="scheduler", default_text="chunks of a fixed size",
+        help="sarathi: chunks of at most --chunk-size, as large as steps with decodes last this long [ms]")
+    tbt_bound_ms: float | None = knob(
+        None, lo=0.1, hi=60000.0, group="scheduler", default_text="--tbt-target-ms",
+        help="how long such a step may last while many prompts wait [ms]")
     attention_backend: str = knob(
         "auto", choices=BACKENDS, refused=REFUSED_BACKENDS, aliases=("model-attention-backend",), group="engine",
         help="who computes attention over the slots")
@@ -239,9 +245,21 @@ def _chunk_problems(config: EngineConfig) -> list[str]:
     return problems
 
 
+def _pace_problems(config: EngineConfig) -> list[str]:
+    target, bound = config.tbt_target_ms, config.tbt_bound_ms
+    if target is None:
+        return [] if bound is None else [f"--tbt-bound-ms {bound} needs --tbt-target-ms"]
+    problems = []
+    if bound is not None and bound < target:
+        problems.append(f"--tbt-bound-ms {bound} is below --tbt-target-ms {target}")
+    if config.scheduler != "sarathi" or config.dynamic_chunking:
+        problems.append(f"--tbt-target-ms {target} needs --scheduler sarathi without a dynamic chunking schedule")
+    return problems
+
+
 def engine_problems(config: EngineConfig) -> list[str]:
     """Every contradiction between fields, and every value that is well-formed but not built."""
-    problems = _chunk_problems(config)
+    problems = _chunk_problems(config) + _pace_problems(config)
     if config.admission_risk is not None and config.admission != "exact":
         problems.append(f"--admission-risk {config.admission_risk} needs --admission exact")
     if config.admission_risk is not None and config.scheduler in POLICIES_WITHOUT_CHUNKS:

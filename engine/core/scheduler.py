@@ -14,7 +14,7 @@ from engine.core.flight import Flight
 from engine.core.growth import GrowthForecast
 from engine.core.ledger import KvLedger
 from engine.core.plan import Failure, StepPlan, StepResult, Update
-from engine.core.policies import Policy
+from engine.core.policies import Pace, Policy
 from engine.core.queues import Queues
 from engine.core.record import StepRecord
 from engine.core.request import Request
@@ -33,7 +33,8 @@ class Scheduler:
     max_num_seqs: sequences that hold memory (slots) at once. max_model_len: known tokens at which a sequence ends.
     depth: steps in flight at once. ahead=False: a sequence is in one of them only (pipeline stages). ahead=True: a step
     is planned as if the ones before it had succeeded (the executor has their tokens when it needs them); what stops
-    late costs one discarded token. forecast: expected growth, if admissions are to leave room for it.
+    late costs one discarded token. forecast: expected growth, if admissions are to leave room for it. pace: told how
+    long each step took, from the times that plan() is given.
     Every plan that is not `is_empty` must be submitted; results must be committed in that order.
     """
 
@@ -50,6 +51,7 @@ class Scheduler:
         depth: int = 1,
         ahead: bool = False,
         forecast: GrowthForecast | None = None,
+        pace: Pace | None = None,
     ) -> None:
         for name, value in (("max_num_seqs", max_num_seqs), ("max_model_len", max_model_len), ("depth", depth)):
             if value < 1:
@@ -62,6 +64,9 @@ class Scheduler:
         self.depth = depth
         self.ahead = ahead
         self.forecast = forecast
+        self._pace = pace
+        self._ended: Flight | None = None  # the step committed last, if somebody still ran then
+        self._end_s = 0.0  # when a committed step was last seen to have ended
         self.length_limit = min(max_model_len, ledger.fit_tokens())
         self.queues = Queues()
         self._live: dict[int, Sequence] = {}
@@ -148,6 +153,11 @@ class Scheduler:
         """The next step. Empty when `depth` steps are in flight or nothing can run now."""
         if self._batches >= self.depth:
             return StepPlan(self._next_step)
+        if self._pace is not None and self._ended is not None:
+            ended, self._ended = self._ended, None
+            # it began when it was planned, or when the step before it ended
+            self._pace.observe(ended.prefill_tokens, now_s - max(ended.planned_s, self._end_s))
+            self._end_s = now_s
         queues = self.queues
         draft = self.draft_class(
             queues,
@@ -224,6 +234,7 @@ class Scheduler:
         if ended:
             self._end(ended)
         self._note(flight, result, sampled, len(ended))
+        self._ended = flight if plan.chunks and self.queues.running else None
         return updates
 
     def _take_tokens(self, result: StepResult, updates: list[Update]) -> list[Sequence]:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import torch
 
-from engine.core.errors import InvariantError
+from engine.core.errors import ConfigError, InvariantError
 from engine.core.plan import StepPlan
+from engine.runner.batch import Batch
 from vattention_ext import KvAllocator, KvGeometry
 
 
@@ -70,6 +71,25 @@ class SlotStore:
     def fence(self) -> None:
         """See KvStore; on the current stream."""
         self.allocator.fence(torch.cuda.current_stream().cuda_stream)
+
+    def place(self, batch: Batch) -> Batch:
+        """See KvStore: a slot's tokens stand at their positions."""
+        return batch
+
+    def borrow(self, tokens: int) -> int:
+        """See KvStore."""
+        slot = self.allocator.acquire(tokens)
+        if not isinstance(slot, int) or self.allocator.ensure(slot, tokens) is not None:
+            if isinstance(slot, int):
+                self.allocator.release(slot)
+            raise ConfigError(f"the KV pool cannot hold one step of {tokens} tokens; raise --gpu-memory-utilization")
+        return slot
+
+    def give_back(self, slot: int) -> None:
+        """See KvStore; its pages go back to the system."""
+        self.allocator.trim(slot, 0)
+        self.allocator.release(slot)
+        self.allocator.reclaim(0)
 
     def slot_of(self, seq_id: int) -> int:
         """See KvStore."""

@@ -9,6 +9,7 @@ from engine.core.plan import StepPlan
 if TYPE_CHECKING:
     import torch
 
+    from engine.runner.batch import Batch
     from vattention_ext import KvGeometry
 
 
@@ -29,6 +30,15 @@ class KvStore(Protocol):
 
     def fence(self) -> None:
         """The step's kernels are launched: what they may read stays mapped until they are done."""
+
+    def place(self, batch: Batch) -> Batch:
+        """The batch with whatever this store's kernels need beside slots and lengths. Fixed launches, no waiting."""
+
+    def borrow(self, tokens: int) -> int:
+        """A slot with memory for `tokens` tokens, outside of any plan. Raises ConfigError when the pool is smaller."""
+
+    def give_back(self, slot: int) -> None:
+        """Ends a borrow(); its memory goes back to the pool."""
 
     def slot_of(self, seq_id: int) -> int:
         """The slot of an admitted sequence."""

@@ -40,4 +40,8 @@ class Llama:
         hidden = self.embed(batch.tokens)  # (N, C)
         for layer in self.layers:
             layer(hidden, batch)
-        return self.head(self.norm(hidden.index_select(0, batch.sample_rows)))  # (R, V)
+        return self.logits(hidden, batch.sample_rows)
+
+    def logits(self, hidden: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """hidden: (N, C) behind the last layer. Returns (R, V) float32 logits of its `rows`."""
+        return self.head(self.norm(hidden.index_select(0, rows)))

@@ -92,34 +92,49 @@ class CudaLayer:
         self._qkv, self._out, self._gate_up, self._down = attention.qkv, attention.out, mlp.gate_up, mlp.down
         self._attention, self._norms = attention, (layer.input_norm, layer.post_norm)
 
-    def _attend(self, qkv: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """qkv (N, (H + 2G) * D) or its parts -> (N, H * D); keys and values are stored."""
+    def _rotate(self, qkv: torch.Tensor, batch: Batch, out: torch.Tensor | None = None) -> torch.Tensor:
+        """qkv (N, (H + 2G) * D) or its parts -> queries (N, H, D); keys and values are stored."""
         a = self._attention
-        q = self._rope_store(qkv, a.rope, batch.positions, batch.token_slots, a.k, a.v, a.heads, pdl=self._qkv.pdl)
+        slots, rows = batch.places
+        return self._rope_store(
+            qkv, a.rope, batch.positions, slots, a.k, a.v, a.heads, rows=rows, out=out, pdl=self._qkv.pdl
+        )
+
+    def before(self, hidden: torch.Tensor, batch: Batch, out: torch.Tensor | None = None) -> torch.Tensor:
+        """What stands before attention: hidden (N, C) -> queries (N, H, D), in `out` where given."""
+        norm, pdl = self._norms[0], self._qkv.pdl
+        normed = self._rmsnorm(hidden, norm.weight, norm.eps, pdl=pdl)
+        parts = self._qkv.parts(normed)
+        return self._rotate(self._qkv(normed) if parts is None else parts, batch, out)
+
+    def attend(self, q: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """Attention alone: queries (N, H, D) -> (N, H * D)."""
+        a = self._attention
         return a.backend.attend(q, a.k, a.v, batch, a.window)
+
+    def after(self, hidden: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+        """What stands behind attention, onto hidden (N, C) in place."""
+        norm, pdl = self._norms[1], self._qkv.pdl
+        parts = self._out.parts(attended)
+        if parts is None:
+            self._out(attended, add_to=hidden)
+            normed = self._rmsnorm(hidden, norm.weight, norm.eps, pdl=pdl)
+        else:
+            normed = self._rmsnorm(parts, norm.weight, norm.eps, residual=hidden, pdl=pdl)
+        return self._down(self._gate_up(normed), add_to=hidden)
 
     def __call__(self, hidden: torch.Tensor, batch: Batch) -> torch.Tensor:
         """hidden: (N, C), updated in place. See Layer."""
         if hidden.shape[0] == 1:
             return self._one_row(hidden, batch)
-        (before, after), pdl = self._norms, self._qkv.pdl
-        normed = self._rmsnorm(hidden, before.weight, before.eps, pdl=pdl)
-        parts = self._qkv.parts(normed)
-        attended = self._attend(self._qkv(normed) if parts is None else parts, batch)
-        parts = self._out.parts(attended)
-        if parts is None:
-            self._out(attended, add_to=hidden)
-            normed = self._rmsnorm(hidden, after.weight, after.eps, pdl=pdl)
-        else:
-            normed = self._rmsnorm(parts, after.weight, after.eps, residual=hidden, pdl=pdl)
-        return self._down(self._gate_up(normed), add_to=hidden)
+        return self.after(hidden, self.attend(self.before(hidden, batch), batch))
 
     def _one_row(self, hidden: torch.Tensor, batch: Batch) -> torch.Tensor:
         """The same for one token: both norms are taken inside the products behind them."""
         (before, after), pdl = self._norms, self._qkv.pdl
         gemv, both = self._gemv, self._gate_up.both
         qkv = gemv(hidden, self._qkv.weight, self._qkv.bias, norm=before.weight, eps=before.eps, pdl=pdl)
-        self._out(self._attend(qkv, batch), add_to=hidden)
+        self._out(self.attend(self._rotate(qkv, batch), batch), add_to=hidden)
         inner = gemv(hidden, both.weight, both.bias, norm=after.weight, eps=after.eps, gated=True, pdl=pdl)
         return self._down(inner, add_to=hidden)
 
@@ -164,7 +179,8 @@ class CudaKernels:
         self, qkv: torch.Tensor, rope: torch.Tensor, batch: Batch, k: torch.Tensor, v: torch.Tensor, heads: int
     ) -> torch.Tensor:
         """See KernelSet. A token whose slot is -1 stores nothing."""
-        return self._rope_store(qkv, rope, batch.positions, batch.token_slots, k, v, heads)
+        slots, rows = batch.places
+        return self._rope_store(qkv, rope, batch.positions, slots, k, v, heads, rows=rows)
 
     def argmax(self, logits: torch.Tensor) -> torch.Tensor:
         """See KernelSet."""

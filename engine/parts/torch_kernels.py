@@ -83,7 +83,8 @@ class TorchKernels:
         groups, head_dim = k.shape[2:]
         q, new_k, new_v = qkv.view(-1, heads + 2 * groups, head_dim).split([heads, groups, groups], dim=1)
         cos, sin = rope[batch.positions.long()].unsqueeze(2).unbind(1)  # each (N, 1, D/2)
-        where = (batch.token_slots.long(), batch.positions.long())
+        slots, rows = batch.places
+        where = (slots.long(), rows.long())
         k[where] = rotate(new_k, cos, sin)
         v[where] = new_v
         return rotate(q, cos, sin)  # (N, H, D)

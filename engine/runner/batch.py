@@ -32,6 +32,21 @@ class Span(NamedTuple):
     kv_len: int
 
 
+@dataclass(frozen=True, slots=True)
+class Paged:
+    """Where a paged store keeps a step's tokens; slabs need none of this.
+
+    table: (S, M) int32, block m of a slot holds its tokens m * block_tokens and on; host_table: the same in host
+    memory. blocks, rows: (N,) int32, where each token of the batch is written.
+    """
+
+    table: torch.Tensor
+    host_table: np.ndarray
+    block_tokens: int
+    blocks: torch.Tensor
+    rows: torch.Tensor
+
+
 @dataclass(slots=True)
 class Batch:
     """N tokens of B chunks, one after the other.
@@ -43,6 +58,9 @@ class Batch:
     sample_rows: (R,) integer, the token rows that get logits.
     spans: the first chunks, up to the last that has more than one token; the chunks behind them are one token each.
     So a backend can run prompts and decodes by different kernels without asking a device for numbers.
+    counts: (2,) int32, (chunks of spans, chunks behind them): the same for kernels that read it on the device.
+    paged: for backends over block tables, what a paged store adds (KvStore.place).
+    host: the same batch in host memory, where this one lies on a device and came from there.
     """
 
     tokens: torch.Tensor
@@ -53,18 +71,42 @@ class Batch:
     kv_lens: torch.Tensor
     sample_rows: torch.Tensor
     spans: tuple[Span, ...] = ()
+    counts: torch.Tensor | None = None
+    paged: Paged | None = None
+    host: Batch | None = None
 
     def to(self, device: torch.device) -> Batch:
         """The same on a device: one copy from pinned memory, which the launches behind it need not wait for."""
         if device.type == "cpu":
             return self
-        fields = (self.tokens, self.positions, self.token_slots, self.slots, self.q_starts, self.kv_lens)
-        sizes = [field.shape[0] for field in (*fields, self.sample_rows)]
-        staged = torch.empty(sum(sizes), dtype=torch.int32, pin_memory=True)
-        torch.cat([field.to(torch.int32) for field in (*fields, self.sample_rows)], out=staged)
-        moved = staged.to(device, non_blocking=True)
-        tokens, positions, token_slots, slots, q_starts, kv_lens, rows = moved.split(sizes)
-        return Batch(tokens, positions, token_slots, slots, q_starts, kv_lens, rows, self.spans)
+        counts = torch.tensor([len(self.spans), self.slots.shape[0] - len(self.spans)], dtype=torch.int32)
+        fields = (self.tokens, self.positions, self.token_slots, self.slots, self.q_starts, self.kv_lens,
+                  self.sample_rows, counts)  # fmt: skip
+        staged = torch.empty(sum(field.shape[0] for field in fields), dtype=torch.int32, pin_memory=True)
+        torch.cat([field.to(torch.int32) for field in fields], out=staged)
+        moved = staged.to(device, non_blocking=True).split([field.shape[0] for field in fields])
+        tokens, positions, token_slots, slots, q_starts, kv_lens, rows, counted = moved
+        return Batch(tokens, positions, token_slots, slots, q_starts, kv_lens, rows, self.spans, counted, host=self)
+
+    @property
+    def places(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(N,) int32 each: first and second index of the (S, C, G, D) views at which a token's K and V are written."""
+        if self.paged is not None:
+            return self.paged.blocks, self.paged.rows
+        return self.token_slots, self.positions
+
+    def split(self) -> tuple[Batch, Batch]:
+        """(spans, the decodes behind them) as two batches that share this one's memory; nothing is sampled of them."""
+        tokens, prompts = self.num_prefill_tokens, len(self.spans)
+        hosts = self.host.split() if self.host is not None else (None, None)
+        none = self.sample_rows[:0]
+        first = Batch(self.tokens[:tokens], self.positions[:tokens], self.token_slots[:tokens], self.slots[:prompts],
+                      self.q_starts[: prompts + 1], self.kv_lens[:prompts], none, self.spans, paged=self.paged,
+                      host=hosts[0])  # fmt: skip
+        rest = Batch(self.tokens[tokens:], self.positions[tokens:], self.token_slots[tokens:], self.slots[prompts:],
+                     self.q_starts[prompts:] - tokens, self.kv_lens[prompts:], none, paged=self.paged,
+                     host=hosts[1])  # fmt: skip
+        return first, rest
 
     @property
     def num_tokens(self) -> int:

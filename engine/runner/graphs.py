@@ -1,5 +1,7 @@
 """CUDA graphs of pure decode steps: one for each of a few batch sizes, replayed with new numbers in fixed buffers.
 
+Sampling stands in the graph too: the rules of a step's rows are such numbers.
+
 Slabs, weights and workspaces never move, so a captured launch stays valid for the life of the engine. A batch is
 padded up to the next size with rows of no slot: their length is 0 and nothing of them is stored.
 """
@@ -7,7 +9,7 @@ padded up to the next size with rows of no slot: their length is 0 and nothing o
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -15,10 +17,9 @@ import torch
 
 from engine.models import Model
 from engine.runner.batch import Batch
+from engine.runner.device_sampler import DeviceSampler, GraphRules, choose
 from engine.runner.newest import NewestTokens
-from engine.runner.sampler import finite_argmax
-
-Argmax = Callable[[torch.Tensor], torch.Tensor]
+from engine.runner.sampler import Pick
 
 
 def graph_sizes(most: int) -> list[int]:
@@ -37,11 +38,22 @@ class _Graph:
 
 
 class DecodeGraphs:
-    """Greedy decode steps of up to `most` sequences. Capture once, before serving."""
+    """Decode steps of up to `most` sequences, sampled by any rules. Capture once, before serving."""
 
-    def __init__(self, model: Model, newest: NewestTokens, argmax: Argmax, device: torch.device, most: int) -> None:
-        self._model, self._newest, self._argmax, self._device = model, newest, argmax, device
+    def __init__(
+        self,
+        model: Model,
+        place: Callable[[Batch], Batch],
+        newest: NewestTokens,
+        sampler: DeviceSampler,
+        device: torch.device,
+        most: int,
+    ) -> None:
+        """place: as KvStore.place. most: sequences of the largest graph."""
+        self._place = place
+        self._model, self._newest, self._argmax, self._device = model, newest, sampler.argmax, device
         self._sizes = graph_sizes(most)
+        self._rules = GraphRules(most, sampler.vocab, device)
         self._graphs: dict[int, _Graph] = {}
 
     def capture(self, progress: Callable[[int, int], None] | None = None) -> None:
@@ -52,23 +64,26 @@ class DecodeGraphs:
             if progress is not None:
                 progress(done, len(self._sizes))
 
-    def fits(self, batch: Batch) -> bool:
+    def fits(self, batch: Batch, picks: Sequence[Pick]) -> bool:
         """Whether a batch is a pure decode that a captured graph can run."""
         return (
             bool(self._graphs)
             and not batch.spans
             and batch.num_tokens <= self._sizes[-1]
             and batch.sample_rows.shape[0] == batch.num_tokens
+            and self._rules.fits(picks)
         )
 
-    def __call__(self, host: Batch) -> torch.Tensor:
-        """host: a batch that fits, on the CPU. Returns (B,) int64 ids on the device, valid until the next replay."""
+    def __call__(self, host: Batch, picks: Sequence[Pick]) -> torch.Tensor:
+        """host: a batch that fits, on the CPU; picks: a rule a row. Returns (B,) int64 ids on the device, valid until
+        the next replay."""
         count = host.num_tokens
         size = self._sizes[bisect_left(self._sizes, count)]
         captured = self._graphs[size]
         staged = torch.empty(captured.inputs.shape[0], dtype=torch.int32, pin_memory=True)
         _fill(staged.numpy(), host, count, size)
         captured.inputs.copy_(staged, non_blocking=True)
+        self._rules.load(picks)
         captured.graph.replay()
         return captured.picked[:count]
 
@@ -91,7 +106,7 @@ class DecodeGraphs:
 
     def _step(self, batch: Batch) -> torch.Tensor:
         known = replace(batch, tokens=self._newest.resolve(batch))
-        picked = finite_argmax(self._model(known), self._argmax)
+        picked = choose(self._model(self._place(known)), self._rules.table[: batch.num_tokens], self._argmax)
         self._newest.note(batch, picked)
         return picked
 

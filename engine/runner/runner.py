@@ -25,8 +25,10 @@ from engine.core.plan import (
 from engine.kv.store import KvStore
 from engine.models import Model
 from engine.runner.batch import Batch, Row, pack
+from engine.runner.device_sampler import DeviceSampler
 from engine.runner.graphs import DecodeGraphs
 from engine.runner.newest import NewestTokens
+from engine.runner.pieces import PieceGraphs
 from engine.runner.sampler import Pick, RawRows, Sampler
 
 
@@ -62,12 +64,17 @@ class Runner:
         self,
         model: Model,
         store: KvStore,
-        sampler: Sampler,
+        sampler: Sampler | DeviceSampler,
         device: torch.device = torch.device("cpu"),  # noqa: B008  a constant
+        *,
+        replayable: bool = False,
     ) -> None:
+        """replayable: whether a CUDA graph may hold this model's decodes (Caps.graphs)."""
         self.model, self.store, self.sampler, self.device = model, store, sampler, device
+        self.replayable = replayable
         self.newest = NewestTokens(store.geometry.slots, device)
         self.graphs: DecodeGraphs | None = None
+        self.pieces: PieceGraphs | None = None
         self._sequences: dict[int, _Sequence] = {}
 
     def run(self, plan: StepPlan) -> StepResult:
@@ -128,11 +135,13 @@ class Runner:
     def _sample(self, host: Batch, picks: list[Pick], launched: Launched) -> torch.Tensor | None:
         """(R,) ids on the device, noted as the newest of their slots; None when nothing is sampled. Logprobs that are
         wanted go into `launched`."""
-        if self.graphs is not None and self.graphs.fits(host) and all(pick.greedy for pick in picks):
-            return self.graphs(host)
+        if self.graphs is not None and self.graphs.fits(host, picks):
+            return self.graphs(host, picks)
         batch = host.to(self.device)
         batch.tokens = self.newest.resolve(batch)
-        logits = self.model(batch)  # (R, V)
+        batch = self.store.place(batch)
+        pieces = self.pieces
+        logits = pieces(batch) if pieces is not None and pieces.fits(batch) else self.model(batch)  # (R, V)
         if not picks:
             return None
         raw = RawRows(logits, picks) if any(pick.params.logprobs is not None for pick in picks) else None

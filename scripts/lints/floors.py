@@ -21,7 +21,7 @@ OURS = {
     "engine.patching": {"engine.core", "engine.tokenization", "engine.tokenization.patched", "engine.loading"},
     "engine.loading": {"engine.core", "engine.tokenization"},
     "engine.attention": {"engine.core", "engine.loading", "engine.runner.batch", "tessera_kernels"},
-    "engine.kv": {"engine.core", "engine.loading", "vattention_ext", "tessera_kernels"},
+    "engine.kv": {"engine.core", "engine.loading", "engine.runner.batch", "vattention_ext", "tessera_kernels"},
     "engine.parts": {"engine.core", "engine.loading", "engine.runner.batch", "engine.attention", "engine.kv",
                      "tessera_kernels"},
     "engine.models": {"engine.core", "engine.loading", "engine.runner.batch", "engine.parts"},

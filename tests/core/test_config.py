@@ -39,8 +39,8 @@ SPELLINGS = [
     ("gpu_memory_utilization", 1, "gpu_memory_utilization", 1.0),
 ]
 REFUSALS = [
-    ({"attention_backend": "fi_vattn"}, "not built"),
-    ({"attention_backend": "FI_paged"}, "block tables"),
+    ({"attention_backend": "fa3_vattn"}, "not built"),
+    ({"attention_backend": "flash_attn"}, "block tables"),
     ({"attention_backend": "cpu_vatn"}, "did you mean 'cpu_vattn'"),
     ({"tensor_parallel_size": 2}, "--tensor-parallel-size 1"),
     ({"pipeline_parallel_size": 4}, "--pipeline-parallel-size 1"),

@@ -5,13 +5,19 @@ Without a GPU they run under Triton's interpreter: TRITON_INTERPRET=1 python -m 
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
 pytest.importorskip("triton")
 import triton
 
+from engine.attention.base import backends
 from scripts import gpu_checks as checks
+from scripts import gpu_timing
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 if not (torch.cuda.is_available() or INTERPRETED):
@@ -21,6 +27,21 @@ DEVICE = "cpu" if INTERPRETED else "cuda"
 # numpy, which the interpreter computes with, has no bfloat16
 DTYPES = [torch.float32, torch.float16] if INTERPRETED else [torch.float32, torch.bfloat16, torch.float16]
 HEADS = [(8, 2, 64), (3, 1, 80)] if INTERPRETED else checks.HEADS
+# every head size in bfloat16, two in the others: what is compiled decides how long this takes
+SHAPES = [(dtype, *heads) for dtype in DTYPES for heads in (HEADS if dtype is torch.bfloat16 else HEADS[:2])]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled() -> None:
+    """Build what the attention tests launch side by side, on every core; a failure shows again in its test."""
+    if INTERPRETED:
+        return
+    with gpu_timing.compiling_only(os.cpu_count() or 1, []), torch.inference_mode():
+        for dtype, *heads in SHAPES:
+            bench = checks.Bench(DEVICE, dtype)
+            for check in (checks.check_decode, checks.check_prefill, checks.check_hybrid):
+                for window in (0, 50):
+                    list(check(bench, *heads, window))
 
 
 def judge(found: checks.Found) -> None:
@@ -31,17 +52,15 @@ def judge(found: checks.Found) -> None:
     assert not over, "\n".join(over)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("window", [0, 1, 50])
-@pytest.mark.parametrize(("heads", "kv_heads", "dim"), HEADS)
+@pytest.mark.parametrize(("dtype", "heads", "kv_heads", "dim"), SHAPES)
 def test_decode(dtype: torch.dtype, window: int, heads: int, kv_heads: int, dim: int) -> None:
     """Lengths around every tile edge, NaN right behind them, two runs on one workspace."""
     judge(checks.check_decode(checks.Bench(DEVICE, dtype), heads, kv_heads, dim, window))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("window", [0, 1, 50])
-@pytest.mark.parametrize(("heads", "kv_heads", "dim"), HEADS)
+@pytest.mark.parametrize(("dtype", "heads", "kv_heads", "dim"), SHAPES)
 def test_prefill(dtype: torch.dtype, window: int, heads: int, kv_heads: int, dim: int) -> None:
     """Chunks of one token and of many, both ways of loading."""
     judge(checks.check_prefill(checks.Bench(DEVICE, dtype), heads, kv_heads, dim, window))
@@ -68,14 +87,40 @@ def test_decode_in_a_graph(dtype: torch.dtype) -> None:
     judge(checks.check_graph(checks.Bench(DEVICE, dtype)))
 
 
-@pytest.mark.parametrize("name", ["triton_vattn", "fa_vattn"])
+@pytest.mark.parametrize("window", [0, 50])
+@pytest.mark.parametrize(("dtype", "heads", "kv_heads", "dim"), SHAPES[:1] if INTERPRETED else SHAPES)
+def test_hybrid(dtype: torch.dtype, window: int, heads: int, kv_heads: int, dim: int) -> None:
+    """Prompts and decodes in one launch, tickets and counters back at zero."""
+    judge(checks.check_hybrid(checks.Bench(DEVICE, dtype), heads, kv_heads, dim, window))
+
+
+def skip_without(name: str) -> None:
+    """Skip what this machine cannot run; the interpreter runs our own kernels."""
+    missing = backends[name].missing()
+    if missing and not (INTERPRETED and name.startswith("triton")):
+        pytest.skip(missing)
+
+
+@pytest.mark.parametrize("name", [name for name in backends if not name.startswith(("cpu", "torch"))])
 def test_backends(name: str) -> None:
     """Hybrid batches split into prompts and decodes and come back in one piece."""
-    from engine.attention.base import backends
-
-    missing = backends[name].missing()
-    if missing and not (INTERPRETED and name == "triton_vattn"):
-        pytest.skip(missing)
+    skip_without(name)
     dtype = torch.float16 if INTERPRETED else torch.bfloat16
     heads, kv_heads, dim = (4, 2, 64) if INTERPRETED else (32, 8, 128)
     judge(checks.check_backend(checks.Bench(DEVICE, dtype), name, heads, kv_heads, dim))
+
+
+@pytest.mark.parametrize("layout", ["mega", "per_layer"])
+@pytest.mark.parametrize("name", ["triton_vattn", "fa_vattn", "fi_vattn"])
+def test_nothing_past_a_length_is_read(name: str, layout: str) -> None:
+    """Real slabs with pages up to the last token only, in a process of its own: a fault would end it."""
+    skip_without(name)
+    code = f"from tests.gpu.test_kernels import *; judge(tail({name!r}, {layout!r}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, f"status {done.returncode}: {done.stderr[-1500:]}"
+
+
+def tail(name: str, layout: str) -> checks.Found:
+    """check_tail on this machine's terms."""
+    heads, kv_heads, dim = (4, 2, 64) if INTERPRETED else (32, 8, 128)
+    return checks.check_tail(checks.Bench(DEVICE, DTYPES[1]), name, layout, heads, kv_heads, dim)

@@ -21,6 +21,7 @@ from engine.parts.cuda_kernels import CudaKernels
 from engine.parts.layer import Attention, GatedMlp, Norm, PreNormLayer
 from engine.parts.torch_kernels import TorchKernels
 from engine.runner.batch import Batch, Row, pack
+from engine.runner.pieces import PieceGraphs
 from scripts.gpu_checks import relative
 from tessera_kernels import triton_gemm
 
@@ -34,7 +35,8 @@ HEADS, KV_HEADS, DIM, WIDTH, FFN, CAPACITY = 4, 2, 16, 64, 128, 40
 
 def on_device(batch: Batch) -> Batch:
     """The same batch with its tensors on the device."""
-    moved = {f.name: getattr(batch, f.name).to(DEVICE) for f in fields(batch) if f.name != "spans"}
+    tensors = {f.name: getattr(batch, f.name) for f in fields(batch)}
+    moved = {name: value.to(DEVICE) for name, value in tensors.items() if isinstance(value, torch.Tensor)}
     return replace(batch, **moved)
 
 
@@ -74,3 +76,38 @@ def test_layer(monkeypatch: pytest.MonkeyPatch, table: str, chunks: list[tuple[i
     assert relative(ours, theirs) < BOUND
     assert bool((our_slab.isnan().cpu() == their_slab.isnan()).all())
     assert relative(our_slab.nan_to_num(), their_slab.nan_to_num()) < BOUND
+
+
+@pytest.mark.parametrize("chunks", [[(0, 5), (10, 1), (3, 1)], [(0, 9)], [(4, 30), (0, 2), (20, 1)]])
+def test_pieces_between_attentions(chunks: list[tuple[int, int]]) -> None:
+    """Two layers cut at their attentions, padded to a recorded size, give what they give whole, and store no more."""
+    shapes = {"qkv": ((HEADS + 2 * KV_HEADS) * DIM, WIDTH), "o": (WIDTH, HEADS * DIM), "gate": (FFN, WIDTH),
+              "up": (FFN, WIDTH), "down": (WIDTH, FFN)}  # fmt: skip
+    weights = {name: (torch.randn(*shape) * shape[1] ** -0.5).to(DEVICE, DTYPE) for name, shape in shapes.items()}
+    weights["norm"] = torch.rand(WIDTH).to(DEVICE, DTYPE)
+    weights["bias"] = torch.randn(shapes["qkv"][0]).to(DEVICE, DTYPE)
+    rope, table = torch.rand(CAPACITY, 2, DIM // 2, device=DEVICE), torch.randn(50, WIDTH).to(DEVICE, DTYPE)
+    slab = torch.full((2, 4, CAPACITY, 2, KV_HEADS, DIM), float("nan"), device=DEVICE, dtype=DTYPE)
+    for slot, (start, _) in enumerate(chunks):
+        slab[:, slot, :start] = torch.randn(2, start, 2, KV_HEADS, DIM).to(DEVICE, DTYPE)
+    spec: Any = SimpleNamespace(heads=HEADS, kv_heads=KV_HEADS, head_dim=DIM)
+    host = pack([Row(slot, start, [7 + slot] * count, True) for slot, (start, count) in enumerate(chunks)])
+    batch, found = on_device(host), []
+    for split in (False, True):
+        memory = slab.clone()
+        layers = [layer(CudaKernels(), TritonVattn(spec), weights, memory, rope) for _ in range(2)]
+        model: Any = SimpleNamespace(layers=layers, embed=lambda ids: table[ids.long()],
+                                     logits=lambda hidden, rows: hidden[rows.long()].float())  # fmt: skip
+        if split:
+            record = (lambda work: work) if INTERPRETED else None
+            pieces = PieceGraphs(model, torch.device(DEVICE), 48, heads=HEADS, head_dim=DIM, record=record)
+            pieces.capture()
+            assert pieces.fits(batch)
+            found.append((pieces(batch), memory))
+        else:
+            hidden = table[batch.tokens.long()]
+            for one in layers:
+                one(hidden, batch)
+            found.append((model.logits(hidden, batch.sample_rows), memory))
+    assert relative(found[1][0], found[0][0]) < BOUND
+    assert bool((found[0][1].isnan() == found[1][1].isnan()).all())

@@ -63,7 +63,7 @@ BAD = [
     (["--trust-remote-code"], "ever executed"),
     (["--trust_remote_code=true"], "ever executed"),
     (["--block-size", "16"], "--kv-page-bytes"),
-    (["--attention-backend", "triton_paged"], "block tables"),
+    (["--attention-backend", "flashinfer"], "block tables"),
     (["--log-level", "verbose"], "known: debug"),
     (["--grace", "-1"], "0.0..86400.0"),
     (["--served-model-name", "a,,b"], "list of names"),

@@ -10,6 +10,7 @@ from typing import Protocol
 
 from engine.core.draft import StepDraft
 from engine.core.errors import ConfigError
+from engine.core.policies._pace import Pace
 from engine.core.policies._schedule import ChunkSchedule
 from engine.core.registry import Registry
 
@@ -21,12 +22,14 @@ class PolicyOptions:
     """What a policy may be told. max_model_len: tokens of the longest sequence.
 
     chunk_tokens: token budget of a step (sarathi, simple_chunking; None = 512) or of a batch of prompts (vllm;
-    None = max_model_len). schedule: dynamic chunking instead of chunk_tokens (sarathi only).
+    None = max_model_len). schedule: dynamic chunking instead of chunk_tokens; pace: chunks of at most chunk_tokens by
+    what steps take (sarathi only, both).
     """
 
     max_model_len: int
     chunk_tokens: int | None = None
     schedule: ChunkSchedule | None = None
+    pace: Pace | None = None
 
     def __post_init__(self) -> None:
         if self.max_model_len < 1:
@@ -35,7 +38,9 @@ class PolicyOptions:
             raise ConfigError(f"chunk_tokens={self.chunk_tokens} is below 1; use 512 or leave it out")
 
     def refuse(self, policy: str, *, chunk_tokens: bool = False) -> None:
-        """Raise ConfigError for what `policy` cannot honour: a schedule, and chunk_tokens where asked."""
+        """Raise ConfigError for what `policy` cannot honour: a schedule or a pace, and chunk_tokens where asked."""
+        if self.pace is not None:
+            raise ConfigError(f"policy {policy} does not adapt its chunks; use --scheduler sarathi")
         if self.schedule is not None:
             raise ConfigError(f"policy {policy} has no dynamic chunking; use --scheduler sarathi")
         if chunk_tokens and self.chunk_tokens is not None:
@@ -65,10 +70,15 @@ policies: Registry[type[Policy]] = Registry("policy", "engine.core.policies")
 
 
 def make_policy(
-    name: str, *, max_model_len: int, chunk_tokens: int | None = None, schedule: ChunkSchedule | None = None
+    name: str,
+    *,
+    max_model_len: int,
+    chunk_tokens: int | None = None,
+    schedule: ChunkSchedule | None = None,
+    pace: Pace | None = None,
 ) -> Policy:
     """The policy of that name. Raises ConfigError for an unknown one or an option that it cannot honour."""
-    return policies[name](PolicyOptions(max_model_len, chunk_tokens, schedule))
+    return policies[name](PolicyOptions(max_model_len, chunk_tokens, schedule, pace))
 
 
-__all__ = ["ChunkSchedule", "DEFAULT_CHUNK_TOKENS", "Policy", "PolicyOptions", "make_policy", "policies"]
+__all__ = ["ChunkSchedule", "DEFAULT_CHUNK_TOKENS", "Pace", "Policy", "PolicyOptions", "make_policy", "policies"]

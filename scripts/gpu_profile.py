@@ -1,0 +1,95 @@
+"""Where a decode step's time goes on a GPU: `python -m scripts.gpu_profile [--sequences 1,64,256] [--json FILE]`.
+
+A Llama-3-8B shape with random weights decodes for so many sequences under PyTorch's profiler: the part of the time in
+which no kernel runs, and the kernels that take the rest. Throughput is measured by scripts.bench, without a profiler.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from engine.build import build_engine
+from engine.core.config import EngineConfig
+from engine.core.loop import EngineLoop
+from engine.core.request import Request, SamplingParams
+from scripts.benching.shapes import write_folder
+
+
+def idle(engine: EngineLoop, sequences: int, steps: int = 40) -> dict[str, Any]:
+    """Where a step's time goes while `sequences` decode: per cent of the time in which no kernel ran, the kernels that
+    took most of the rest (per cent, calls a step)."""
+    from torch.profiler import ProfilerActivity, profile
+
+    for i in range(sequences):
+        params = SamplingParams(temperature=0.0, max_tokens=4 * steps, ignore_eos=True)
+        engine.add(Request(f"idle{i}", tuple(range(3, 131)), params, 0.0))
+    while engine.scheduler.queues.waiting or engine.scheduler.totals["outputs"] < sequences:
+        engine.step()
+    for _ in range(10):
+        engine.step()
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        start = perf_counter()
+        for _ in range(steps):
+            engine.step()
+        seconds = perf_counter() - start
+        torch.cuda.synchronize()
+    kernels = sorted((e.time_range.start, e.time_range.end, e.name) for e in seen.events()
+                     if e.device_type == torch.autograd.DeviceType.CUDA)  # fmt: skip
+    for i in range(sequences):
+        engine.abort(f"idle{i}")
+    while engine.has_work:
+        engine.step()
+    busy, reached = 0.0, kernels[0][0]
+    share: dict[str, tuple[float, int]] = {}  # kernel -> microseconds, calls
+    for begin, end, name in kernels:
+        busy += max(0.0, end - max(begin, reached))
+        reached = max(reached, end)
+        total, calls = share.get(name, (0.0, 0))
+        share[name] = (total + end - begin, calls + 1)
+    span = reached - kernels[0][0]
+    top = sorted(share.items(), key=lambda item: -item[1][0])[:12]
+    return {
+        "idle_percent": round(100 * (1 - busy / span), 2), "ms_per_step": round(seconds / steps * 1e3, 3),
+        "kernels": {name[:60]: [round(100 * us / span, 1), round(n / steps, 1)] for name, (us, n) in top},
+    }  # fmt: skip
+
+
+def main() -> None:
+    """Build, profile, write after each number of sequences."""
+    parser = argparse.ArgumentParser(prog="scripts.gpu_profile", description=__doc__)
+    parser.add_argument("--sequences", default="1,64,256")
+    parser.add_argument("--attention-backend", default="auto")
+    parser.add_argument("--enforce-eager", action="store_true")
+    parser.add_argument("--json", type=Path, default=None)
+    args = parser.parse_args()
+    record: dict[str, Any] = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = write_folder("llama3-8b", Path(scratch))
+        start = perf_counter()
+        config = EngineConfig(model=str(folder), device="cuda", load_format="dummy", max_model_len=4096,
+                              max_num_seqs=256, attention_backend=args.attention_backend,
+                              enforce_eager=args.enforce_eager)  # fmt: skip
+        engine = build_engine(config)
+        record["startup_s"] = round(perf_counter() - start, 2)
+        print(f"built in {record['startup_s']:.1f} s", flush=True)
+        for sequences in map(int, args.sequences.split(",")):
+            record[f"{sequences} sequences"] = found = idle(engine, sequences)
+            print(f"{sequences} sequences: {found['ms_per_step']} ms a step, no kernel runs in "
+                  f"{found['idle_percent']} % of it")  # fmt: skip
+            for name, (percent, calls) in found["kernels"].items():
+                print(f"  {percent:5.1f} % {calls:6.1f} a step  {name}", flush=True)
+            if args.json:
+                args.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        engine.close()
+    print(json.dumps(record))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,137 @@
+"""Random load on a full GPU: `python -m scripts.gpu_soak [--seconds 480] [--gpu-memory-utilization 0.95]`.
+
+A Llama-3-8B shape with random weights takes requests of random lengths and rules, faster than it can serve them, some
+aborted, for so many seconds. Fails when a request ends with an error, a step is lost, memory runs out or something is
+held at the end. A table every few seconds; the last line is one JSON object. Any device and model may be given.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from engine.build import build_engine
+from engine.core.config import EngineConfig
+from engine.core.loop import EngineLoop
+from engine.core.request import Request, SamplingParams
+from scripts.benching.shapes import write_folder
+
+REPORT_S = 10.0
+SETTLE_S = 60.0  # after which requests that still run are aborted
+
+
+def rules(rng: random.Random, most: int) -> SamplingParams:
+    """Any mix of sampling rules; lengths are lognormal with a long tail."""
+    greedy = rng.random() < 0.4
+    return SamplingParams(
+        max_tokens=min(most, max(1, int(rng.lognormvariate(5.0, 1.0)))), ignore_eos=True, seed=rng.randrange(1 << 40),
+        temperature=0.0 if greedy else rng.choice([0.5, 1.0, 1.3]), top_k=rng.choice([0, 0, 40]),
+        top_p=rng.choice([1.0, 0.9]), min_p=rng.choice([0.0, 0.0, 0.02]), min_tokens=rng.choice([0, 0, 5]),
+    )  # fmt: skip
+
+
+class Soak:
+    """An engine under load, and what became of its requests."""
+
+    def __init__(self, engine: EngineLoop, *, vocab: int, longest: int, seed: int) -> None:
+        self.engine, self.vocab, self.longest, self.rng = engine, vocab, longest, random.Random(seed)
+        self.live: set[str] = set()
+        self.ended: dict[str, int] = {}
+        self.errors: list[str] = []
+        self.made = self.tokens = 0
+
+    def arrive(self) -> None:
+        """One request of random length."""
+        rng = self.rng
+        length = min(self.longest, max(1, int(rng.lognormvariate(6.0, 1.3))))
+        name = f"r{self.made}"
+        self.made += 1
+        self.live.add(name)
+        prompt = tuple(rng.randrange(self.vocab) for _ in range(length))
+        self.engine.add(Request(name, prompt, rules(rng, self.longest), 0.0))
+
+    def step(self) -> None:
+        """One step of the engine, and now and then an abort."""
+        if self.live and self.rng.random() < 0.01:
+            self.engine.abort(self.rng.choice(sorted(self.live)))
+        for update in self.engine.step():
+            self.tokens += len(update.tokens)
+            if update.finish_reason is not None:
+                self.live.discard(update.request_id)
+                self.ended[update.finish_reason] = self.ended.get(update.finish_reason, 0) + 1
+            if update.error is not None:
+                self.errors.append(update.error)
+
+    def run(self, seconds: float, waiting: int) -> dict[str, Any]:
+        """Keep `waiting` requests in line for so long, then let all end. Returns the counts."""
+        began = said = perf_counter()
+        while perf_counter() - began < seconds:
+            while len(self.engine.scheduler.queues.waiting) < waiting:
+                self.arrive()
+            self.step()
+            if perf_counter() - said > REPORT_S:
+                said = perf_counter()
+                print(f"{said - began:6.0f} s  {self.numbers()}", flush=True)
+        settle = perf_counter()
+        while self.engine.has_work:
+            if perf_counter() - settle > SETTLE_S:
+                for name in sorted(self.live):
+                    self.engine.abort(name)
+            self.step()
+        return {"seconds": round(perf_counter() - began, 1), **self.numbers()}
+
+    def numbers(self) -> dict[str, Any]:
+        """Counts so far."""
+        stats = self.engine.stats()
+        free = torch.cuda.mem_get_info()[0] >> 20 if torch.cuda.is_available() else None
+        kept = ("preempted_total", "refused_total", "lost_steps_total", "kv_groups_in_use", "kv_slots_active",
+                "kv_groups_total")  # fmt: skip
+        return {"requests": self.made, "tokens": self.tokens, "ended": self.ended, "errors": len(self.errors),
+                "free_mib": free, **{key: stats[key] for key in kept}}  # fmt: skip
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit status 1 when anything failed or is held."""
+    parser = argparse.ArgumentParser(prog="scripts.gpu_soak", description=__doc__)
+    parser.add_argument("--seconds", type=float, default=480.0)
+    parser.add_argument("--gpu-memory-utilization", type=float, default=0.95)
+    parser.add_argument("--model", default=None, help="a folder; without it a Llama-3-8B shape with random weights")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--kv-pool-bytes", type=int, default=None, help="instead of the utilisation")
+    parser.add_argument("--max-model-len", type=int, default=8192)
+    parser.add_argument("--max-num-seqs", type=int, default=256)
+    parser.add_argument("--waiting", type=int, default=64, help="requests in line at any time")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, default=None)
+    asked = parser.parse_args(arguments)
+    with tempfile.TemporaryDirectory() as scratch:
+        model = asked.model
+        if model is None:
+            model = str(write_folder("llama3-8b", Path(scratch)))
+        engine = build_engine(EngineConfig(
+            model=model, device=asked.device, load_format="auto" if asked.model else "dummy",
+            gpu_memory_utilization=asked.gpu_memory_utilization, kv_pool_bytes=asked.kv_pool_bytes,
+            max_model_len=asked.max_model_len, max_num_seqs=asked.max_num_seqs))  # fmt: skip
+        soak = Soak(engine, vocab=500 if asked.model else 128000, longest=asked.max_model_len - 2, seed=asked.seed)
+        found = soak.run(asked.seconds, asked.waiting)
+        engine.close()
+    held = found["kv_groups_in_use"] + found["kv_slots_active"] + len(soak.live)
+    found["ok"] = not soak.errors and not found["lost_steps_total"] and not held
+    for error in soak.errors[:5]:
+        print("error:", error)
+    if asked.json:
+        asked.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(found))
+    return int(not found["ok"])
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,27 @@
+"""What the GPU tests share: `--shard i/n` runs every n-th of them, and the run ends in a plain count."""
+
+from __future__ import annotations
+
+import pytest
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """The shard."""
+    parser.addoption("--shard", default="1/1", help="i/n: run part i of n")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keep this shard's tests."""
+    part, _, parts = config.getoption("--shard").partition("/")
+    if not (part.isdigit() and parts.isdigit() and 1 <= int(part) <= int(parts)):
+        raise pytest.UsageError(f"--shard {part}/{parts} is not i/n with 1 <= i <= n")
+    kept = items[int(part) - 1 :: int(parts)]
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = kept
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """The plain count."""
+    counts = {name: len(terminalreporter.getreports(name)) for name in ("passed", "failed", "error", "skipped")}
+    said = ", ".join(f"{count} {name}" for name, count in counts.items())
+    terminalreporter.write_line(f"gpu tests, shard {config.getoption('--shard')}: {said}")

@@ -1,0 +1,51 @@
+"""The whole engine on a GPU answers as transformers does: every backend, both layouts, graphs on and off, schedules.
+
+Its cases are those of scripts/gpu_correctness.py.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from scripts import gpu_correctness as correctness
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, correctness.Judge]:
+    """The checkpoint and its judge."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    folder = tmp_path_factory.mktemp("tiny")
+    correctness.write_checkpoint(folder)
+    return folder, correctness.make_judge(folder)[1]
+
+
+@pytest.mark.parametrize("case", correctness.cases(), ids=lambda case: case.name.replace(" ", "-"))
+def test_engine(case: correctness.Case, tiny: tuple[Path, correctness.Judge]) -> None:
+    """Greedy tokens are the judge's, or sampled ones the same in graphs and without."""
+    why = correctness.skip_reason(case)
+    if why:
+        pytest.skip(why)
+    found = correctness.run_case(case, *tiny)
+    assert found.compared > 0 and not found.wrong, found.wrong[:3]
+
+
+def test_the_allocator_keeps_its_promises() -> None:
+    """Every check of scripts.gpu_allocator, the fenced race among them, and that the race is one without its fence."""
+    done = subprocess.run([sys.executable, "-m", "scripts.gpu_allocator"], capture_output=True, text=True, timeout=200,
+                          check=False)  # fmt: skip
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert "without its fence the race faults" in done.stdout
+
+
+def test_random_load_at_high_utilisation() -> None:
+    """A short soak: nothing fails, nothing stays held. scripts.gpu_soak runs 8 minutes by itself."""
+    done = subprocess.run([sys.executable, "-m", "scripts.gpu_soak", "--seconds", "20"], capture_output=True, text=True,
+                          timeout=200, check=False)  # fmt: skip
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
