@@ -53,8 +53,8 @@ def open_scx(
 def _say(config: ScxConfig, shape: HeadShape, compute: torch.device) -> None:
     layers = ",".join(map(str, config.layers))
     log.warning(THREATS, layers)
-    same = " and the compute device" if torch.device(config.secure_device).type == compute.type else ""
-    log.warning("SCX: the secure device %s%s share this process: no isolation", config.secure_device, same)
+    same = ", and is the compute device" if torch.device(config.secure_device).type == compute.type else ""
+    log.warning("SCX: the secure device %s is in this process%s: no isolation", config.secure_device, same)
     if config.scheme == "perm-static":
         log.warning("SCX scheme perm-static has one map for all requests and heads: for comparison only; use perm")
     if config.segment_tokens:
