@@ -9,6 +9,7 @@ import dataclasses
 import importlib.util
 import logging
 import os
+import secrets
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from engine.parts.cuda_kernels import CudaLayer
 from engine.parts.dummy import dummy_weights
 from engine.parts.kernel_set import kernel_sets
 from engine.parts.parts import Parts
+from engine.parts.rope import rope_table
 from engine.patching.artefact import Artefact
 from engine.patching.reduction import load_reduction
 from engine.patching.served import check_weights, fit, patch_folder
@@ -44,6 +46,10 @@ from engine.runner.graphs import DecodeGraphs
 from engine.runner.pieces import PieceGraphs
 from engine.runner.runner import Runner
 from engine.runner.sampler import Sampler
+from engine.scx.attention import Scx
+from engine.scx.config import ALIASES, scx_config
+from engine.scx.environment import with_environment
+from engine.scx.sessions import NONCE_BYTES, Sessions
 from vattention_ext import KvAllocator, KvGeometry
 
 log = logging.getLogger(__name__)
@@ -158,6 +164,11 @@ def build_runner(
     kernel_set = kernel_sets[kernel_name]()
     log.info("kernel set %s, %s threads", kernel_name, config.threads)
     store = make_store(spec, config, pool_groups, device, choice)
+    scx = scx_of(spec, config, store.geometry, device)
+    if scx is not None and not isinstance(store, SlotStore):
+        raise ConfigError(
+            f"--scx-layers needs a cache of slots, and --attention-backend {choice.prefill} keeps blocks; use auto"
+        )
     with dummy_weights(device) if config.load_format == "dummy" else open_weights(config.model or "") as source:
         total, done = len(source.names()), 0
 
@@ -177,10 +188,14 @@ def build_runner(
             max_model_len=config.max_model_len,
             device=device,
             on_tensor=count,
+            scx=scx,
         )
         model = models[spec.architecture](parts)
     sampler = (DeviceSampler if device.type == "cuda" else Sampler)(spec.vocab, kernel_set.argmax)
-    return Runner(model, store, sampler, device, replayable=backends[choice.decode].caps.graphs)
+    sessions = Sessions(scx) if scx is not None else None
+    return Runner(
+        model, store, sampler, device, replayable=backends[choice.decode].caps.graphs and scx is None, scx=sessions
+    )
 
 
 def choose_attention(spec: ModelSpec, config: EngineConfig, device: torch.device) -> Choice:
@@ -229,6 +244,17 @@ def make_store(
     return store
 
 
+def scx_of(spec: ModelSpec, config: EngineConfig, geometry: KvGeometry, device: torch.device) -> Scx | None:
+    """What the encoded layers share; None when there are none."""
+    asked = scx_config(config, spec)
+    if asked is None:
+        return None
+    from engine.scx.open import open_scx  # loads cryptography
+
+    rope = rope_table(spec.rope, spec.head_dim, geometry.max_tokens, spec.max_positions)
+    return open_scx(asked, spec, rope, slots=geometry.slots, max_tokens=geometry.max_tokens, compute=device)
+
+
 def set_threads(threads: int, kernel_name: str) -> None:
     """Threads of a step. Where the C++ kernels run, PyTorch's own pool would only take their cores: it gets one."""
     torch.set_num_threads(threads if kernel_name == "torch" else 1)
@@ -269,6 +295,9 @@ def read_model(config: EngineConfig) -> tuple[ModelSpec, Artefact | None]:
 def resolve(config: EngineConfig) -> tuple[EngineConfig, ModelSpec, int]:
     """Everything that model and machine decide: (resolved config, specification, groups of the pool)."""
     spec, _ = read_model(config)
+    config = with_environment(config)
+    if scx_config(config, spec) is None and spec.architecture in ALIASES:
+        log.warning("architecture %s without --scx-layers: every layer is plain", spec.architecture)
     resolved = resolve_auto(
         config,
         checkpoint_dtype=spec.dtype,
@@ -311,6 +340,9 @@ def prepare_gpu(
     store, geometry = runner.store, runner.store.geometry
     tokens = min(config.high_chunk_tokens or config.chunk_tokens or geometry.max_tokens, geometry.max_tokens)
     slot = store.borrow(tokens)
+    if runner.scx is not None:
+        log.info("no graphs: encoded layers wait for the secure side in every step")
+        runner.scx.scx.secure.open(slot, secrets.token_bytes(NONCE_BYTES))
     with torch.inference_mode():
         step = pack([Row(slot, 0, [0] * tokens, True)]).to(runner.device)
         runner.model(store.place(step))
@@ -328,6 +360,8 @@ def prepare_gpu(
             graphs.capture(progress)
             runner.graphs = graphs
     torch.cuda.synchronize()
+    if runner.scx is not None:
+        runner.scx.scx.secure.close(slot)
     store.give_back(slot)
     if not isinstance(store, SlotStore):
         return pool_groups

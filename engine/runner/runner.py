@@ -30,6 +30,7 @@ from engine.runner.graphs import DecodeGraphs
 from engine.runner.newest import NewestTokens
 from engine.runner.pieces import PieceGraphs
 from engine.runner.sampler import Pick, RawRows, Sampler
+from engine.scx.sessions import Sessions
 
 
 @dataclass(slots=True)
@@ -68,6 +69,7 @@ class Runner:
         device: torch.device = torch.device("cpu"),  # noqa: B008  a constant
         *,
         replayable: bool = False,
+        scx: Sessions | None = None,
     ) -> None:
         """replayable: whether a CUDA graph may hold this model's decodes (Caps.graphs)."""
         self.model, self.store, self.sampler, self.device = model, store, sampler, device
@@ -75,6 +77,7 @@ class Runner:
         self.newest = NewestTokens(store.geometry.slots, device)
         self.graphs: DecodeGraphs | None = None
         self.pieces: PieceGraphs | None = None
+        self.scx = scx
         self._sequences: dict[int, _Sequence] = {}
 
     def run(self, plan: StepPlan) -> StepResult:
@@ -85,6 +88,8 @@ class Runner:
     def launch(self, plan: StepPlan) -> Launched:
         """Apply the plan's memory and start its work; waits for nothing on the device."""
         refused = set(self.store.apply(plan))
+        if self.scx is not None:
+            self.scx.follow(plan, refused, self.store.slot_of)
         for seq_id in plan.releases:
             self._sequences.pop(seq_id, None)
         for admission in plan.admissions:
@@ -178,6 +183,8 @@ class Runner:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self._sequences.clear()
+        if self.scx is not None:
+            self.scx.shut()
         self.store.close()
 
 

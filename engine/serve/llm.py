@@ -20,6 +20,7 @@ from engine.core.request import Request, SamplingParams, check_token_ids
 from engine.core.seeds import SeedSource
 from engine.loading.resolve import resolve_model
 from engine.patching.served import announce, patch_folder
+from engine.scx import environment
 from engine.tokenization import Detokenizer, load_tokenizer
 from engine.tokenization.stream import unfinished_bytes
 
@@ -74,6 +75,7 @@ class LLM:
         if artefact is not None and folder is not None:
             announce(artefact, folder, path)
         self.tokenizer = load_tokenizer(self.config.tokenizer or path, folder)
+        self._scx_environment = environment.snapshot()
         self.engine = build_engine(self.config)
         self._clock = MonotonicClock()
         self._seeds = SeedSource(self.config.seed)
@@ -91,6 +93,7 @@ class LLM:
         Raises RequestError for a prompt that is empty, too long or holds ids outside the vocabulary; nothing has run
         then. Returns one RequestOutput a prompt, in order.
         """
+        self._scx_environment = environment.check_unchanged(self._scx_environment)
         many: Sequence[Prompt] = [prompts] if _is_single(prompts) else prompts  # type: ignore[list-item,assignment]
         params = sampling_params or SamplingParams()
         each = list(params) if isinstance(params, Sequence) else [params] * len(many)

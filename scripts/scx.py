@@ -1,0 +1,30 @@
+"""`python -m scripts.scx COMMAND`: what SCX promises, and what it does not, measured; docs/scx.md.
+
+Each command is a module with main(arguments), imported when it is asked for. It knows nothing of them but their names.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+COMMANDS = {
+    "exactness": ("scripts.scx_exactness", "encoded attention against plain, over dtypes, schemes and schedules"),
+    "overhead": ("scripts.scx_overhead", "milliseconds a step with and without encoded layers, in turns"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command named first; the rest of the line is its own. 2 when there is no such command."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] not in COMMANDS:
+        known = "\n".join(f"  {name:<10} {what}" for name, (_, what) in COMMANDS.items())
+        print(f"python -m scripts.scx COMMAND; --help behind it tells its flags\n{known}", file=sys.stderr)
+        return 2
+    module = importlib.import_module(COMMANDS[arguments[0]][0])
+    return int(module.main(arguments[1:]))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
