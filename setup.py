@@ -57,14 +57,15 @@ def version() -> str:
 
 
 def packages() -> list[str]:
-    """Import packages in the wheel: engine.*, vattention_ext.*, and tessera_kernels.* mapped onto kernels/."""
+    """Import packages in the wheel: engine.*, vattention_ext.*, tessera_kernels.* mapped onto kernels/, and scx, the
+    name that users of SCX-vLLM import, mapped onto engine/scx/compat/."""
     ours = find_namespace_packages(str(HERE), include=["engine", "engine.*", "vattention_ext", "vattention_ext.*"])
     ours = [name for name in ours if any((HERE / name.replace(".", "/")).glob("*.py"))]
     kernels = ["tessera_kernels"]
     for folder in sorted((HERE / "kernels").rglob("*")):
         if folder.is_dir() and any(folder.glob("*.py")):
             kernels.append("tessera_kernels." + ".".join(folder.relative_to(HERE / "kernels").parts))
-    return ours + kernels
+    return [*ours, *kernels, "scx"]
 
 
 def extensions() -> list[Extension]:
@@ -165,7 +166,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=VERSIONS["python"],
     packages=packages(),
-    package_dir={"tessera_kernels": "kernels"},
+    package_dir={"tessera_kernels": "kernels", "scx": "engine/scx/compat"},
     package_data={"": ["py.typed", "*.pyi"]},
     include_package_data=False,
     ext_modules=extensions(),

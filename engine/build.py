@@ -9,6 +9,7 @@ import dataclasses
 import importlib.util
 import logging
 import os
+import secrets
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,10 +31,16 @@ from engine.models import models
 from engine.parts.dummy import dummy_weights
 from engine.parts.kernel_set import kernel_sets
 from engine.parts.parts import Parts
+from engine.parts.rope import rope_table
 from engine.runner.batch import Row, pack
 from engine.runner.graphs import DecodeGraphs
 from engine.runner.runner import Runner
 from engine.runner.sampler import Sampler
+from engine.scx.attention import Scx
+from engine.scx.config import ALIASES, scx_config
+from engine.scx.environment import with_environment
+from engine.scx.open import open_scx
+from engine.scx.sessions import NONCE_BYTES, Sessions
 from vattention_ext import KvAllocator, KvGeometry
 
 log = logging.getLogger(__name__)
@@ -155,6 +162,7 @@ def build_runner(
         floor_groups=config.kv_floor_groups,
     )
     store = SlotStore(geometry, allocator, dtype, clear=config.kv_clear)
+    scx = scx_of(spec, config, geometry, device)
     with dummy_weights(device) if config.load_format == "dummy" else open_weights(config.model or "") as source:
         total, done = len(source.names()), 0
 
@@ -174,9 +182,20 @@ def build_runner(
             max_model_len=config.max_model_len,
             device=device,
             on_tensor=count,
+            scx=scx,
         )
         model = models[spec.architecture](parts)
-    return Runner(model, store, Sampler(spec.vocab, kernel_set.argmax), device)
+    sessions = Sessions(scx) if scx is not None else None
+    return Runner(model, store, Sampler(spec.vocab, kernel_set.argmax), device, sessions)
+
+
+def scx_of(spec: ModelSpec, config: EngineConfig, geometry: KvGeometry, device: torch.device) -> Scx | None:
+    """What the encoded layers share; None when there are none."""
+    asked = scx_config(config, spec)
+    if asked is None:
+        return None
+    rope = rope_table(spec.rope, spec.head_dim, geometry.max_tokens, spec.max_positions)
+    return open_scx(asked, spec, rope, slots=geometry.slots, max_tokens=geometry.max_tokens, compute=device)
 
 
 def set_threads(threads: int, kernel_name: str) -> None:
@@ -203,6 +222,9 @@ def resolve(config: EngineConfig) -> tuple[EngineConfig, ModelSpec, int]:
     if config.model is None:
         raise ConfigError("no model folder; resolve_model() finds one")
     spec = read_config(Path(config.model), known=models.names())
+    config = with_environment(config)
+    if scx_config(config, spec) is None and spec.architecture in ALIASES:
+        log.warning("architecture %s without --scx-layers: every layer is plain", spec.architecture)
     resolved = resolve_auto(
         config,
         checkpoint_dtype=spec.dtype,
@@ -249,15 +271,21 @@ def prepare_gpu(runner: Runner, config: EngineConfig, pool_groups: int, progress
     assert isinstance(slot, int)
     if allocator.ensure(slot, tokens) is not None:
         raise ConfigError(f"the KV pool cannot hold one step of {tokens} tokens; raise --gpu-memory-utilization")
+    if runner.scx is not None:
+        runner.scx.scx.secure.open(slot, secrets.token_bytes(NONCE_BYTES))
     with torch.inference_mode():
         runner.model(pack([Row(slot, 0, [0] * tokens, True)]).to(runner.device))
-        if not config.enforce_eager:
+        if runner.scx is not None:
+            log.info("no graphs: encoded layers wait for the secure side in every step")
+        elif not config.enforce_eager:
             graphs = DecodeGraphs(
                 runner.model, runner.newest, runner.sampler.argmax, runner.device, min(config.max_num_seqs, 512)
             )
             graphs.capture(progress)
             runner.graphs = graphs
     torch.cuda.synchronize()
+    if runner.scx is not None:
+        runner.scx.scx.secure.close(slot)
     allocator.trim(slot, 0)
     allocator.release(slot)
     allocator.reclaim(0)

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "flags.md"
 TITLES = {
     "model": "Model", "scheduler": "Scheduler", "memory": "Memory", "engine": "Engine", "server": "Server",
-    "access": "Access",
+    "access": "Access", "scx": "SCX",
 }  # fmt: skip
 HEAD = """# Flags
 

@@ -102,7 +102,7 @@ def in_venv(folder: Path, purpose: str) -> str | None:
 
 
 def in_place(folder: Path, purpose: str) -> str | None:
-    """VENV=0: check the packages of this interpreter, build in the checkout, give kernels/ its import name."""
+    """VENV=0: check the packages of this interpreter, build in the checkout, make the mapped import names."""
     import tomllib
 
     versions = tomllib.loads((HERE / "requirements/versions.toml").read_text(encoding="utf-8"))
@@ -111,9 +111,10 @@ def in_place(folder: Path, purpose: str) -> str | None:
     if lacks:
         return f"VENV=0 installs nothing, and {sys.executable} lacks: {' '.join(lacks)}"
     folder.mkdir(parents=True, exist_ok=True)
-    link = folder / "tessera_kernels"
-    if not link.is_symlink():
-        link.symlink_to(HERE / "kernels", target_is_directory=True)
+    for name, source in {"tessera_kernels": "kernels", "scx": "engine/scx/compat"}.items():
+        link = folder / name
+        if not link.is_symlink():
+            link.symlink_to(HERE / source, target_is_directory=True)
     tools = HERE / "build" / "tools"
     search = [str(tools)] if not _installed("nanobind") else []
     if search and not (tools / "nanobind").is_dir():

@@ -23,6 +23,7 @@ DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 DEFAULT_CHUNK_TOKENS = 512
 DEFAULT_CPU_POOL_BYTES = 4 * GIB  # without --kv-pool-bytes a CPU takes no more than this
 LINUX_PAGE_BYTES = 4096
+DEFAULT_SEAL_TOKENS = 16
 CHUNK_STEP_TOKENS = 32  # both ends of a dynamic chunking schedule are multiples of this
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
@@ -30,6 +31,7 @@ DTYPE_SPELLINGS = {"bf16": "bfloat16", "half": "float16", "fp16": "float16", "fl
 # Read from the folders: a new policy or backend is a file there and nothing here.
 POLICIES = tuple(Registry[object]("policy", "engine.core.policies").names())
 BACKENDS = ("auto", *Registry[object]("attention backend", "engine.attention").names())
+SCX_SCHEMES = tuple(Registry[object]("SCX scheme", "engine.scx").names())
 POLICIES_WITHOUT_CHUNKS = ("orca", "faster_transformer")
 _NOT_BUILT = "is not built; use auto"
 _NO_BLOCKS = "reads block tables, and every request here is contiguous; use auto"
@@ -150,6 +152,27 @@ class EngineConfig:
         1, lo=1, hi=1024, aliases=("model-pipeline-parallel-degree",), group="engine", help="only 1 is built")
     enforce_eager: bool = knob(
         False, group="engine", help="never record the step as a graph (a CPU never does)")
+    scx_layers: str | None = knob(
+        None, may_be_empty=True, group="scx", default_text="SCX_ENC_LAYERS, else none: SCX is off",
+        help='layers whose queries, keys and values are encoded: 0,27 or all or "" (docs/scx.md says what it protects)')
+    scx_secure_device: str | None = knob(
+        None, group="scx", default_text="SCX_SECURE_DEVICE, else cpu",
+        help="where keys and maps live: cpu or cuda:N, in this process (no isolation)")
+    scx_scheme: str | None = knob(
+        None, choices=SCX_SCHEMES, spellings={"perm_static": "perm-static"}, group="scx", default_text="perm",
+        help="secret maps: permutations, orthogonal (rotate) or invertible (mix) matrices; perm-static is for tests")
+    scx_page_seal: bool = knob(
+        False, group="scx", help="shuffle the cached tokens of an encoded layer within blocks that are full")
+    scx_seal_tokens: int | None = knob(
+        None, lo=2, hi=1024, group="scx", default_text="16 with --scx-page-seal", help="tokens of a sealed block")
+    scx_segment_tokens: int | None = knob(
+        None, lo=1, hi=1 << 20, group="scx", default_text="one key a request",
+        help="a fresh key for every so many tokens of a request; slow, attention runs once a key")
+    scx_key_file: str | None = knob(
+        None, group="scx", default_text="a fresh secret for this process",
+        help="root secret: a file with 64 hexadecimal digits that only its owner may read")
+    scx_debug: bool = knob(
+        False, group="scx", help="log layers, device and shapes of the secure side; never keys or tensors")
 
     def __post_init__(self) -> None:
         problems = field_problems(self) or engine_problems(self)
@@ -244,6 +267,19 @@ def engine_problems(config: EngineConfig) -> list[str]:
     if config.kv_pool_bytes is not None and config.kv_pool_bytes < 2 * config.kv_page_bytes:
         problems.append(f"--kv-pool-bytes {config.kv_pool_bytes} holds less than one page of K and one of V; "
                         f"use at least {2 * config.kv_page_bytes}, or a smaller --kv-page-bytes")
+    return problems + _scx_problems(config)
+
+
+def _scx_problems(config: EngineConfig) -> list[str]:
+    problems = []
+    if config.scx_seal_tokens is not None and not config.scx_page_seal:
+        problems.append(f"--scx-seal-tokens {config.scx_seal_tokens} needs --scx-page-seal")
+    seal = config.scx_seal_tokens or DEFAULT_SEAL_TOKENS
+    if config.scx_segment_tokens and config.scx_page_seal and config.scx_segment_tokens % seal:
+        problems.append(f"--scx-segment-tokens {config.scx_segment_tokens} is not a multiple of the {seal} tokens of a "
+                        "sealed block, so a block would hold two keys")
+    if config.scx_segment_tokens and config.scx_scheme == "perm-static":
+        problems.append("--scx-segment-tokens needs a key for each request; perm-static has one for all of them")
     return problems
 
 

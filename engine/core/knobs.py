@@ -28,6 +28,7 @@ class Knob:
     flag: str | None = None
     aliases: tuple[str, ...] = ()
     infinite: str | None = None  # a word for infinity, where infinity is allowed
+    may_be_empty: bool = False  # of a text: "" is a value
     default_text: str | None = None  # what --help says instead of None
     group: str = "engine"
 
@@ -106,7 +107,7 @@ def value_problem(setting: Setting, value: Any) -> str | None:
     if setting.many:
         good = isinstance(value, tuple) and all(isinstance(item, str) and item for item in value)
         return None if good else f"--{setting.flag} {value!r} is not a list of names"
-    if not isinstance(value, str) or not value:
+    if not isinstance(value, str) or not (value or setting.knob.may_be_empty):
         return f"--{setting.flag} {value!r} is not a non-empty text"
     if value in setting.knob.refused:
         return f"--{setting.flag} {value}: {setting.knob.refused[value]}"

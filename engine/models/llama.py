@@ -26,6 +26,7 @@ def llama_layer(parts: Parts, index: int) -> Layer:
 
 
 @models.register("LlamaForCausalLM")
+@models.register("LlamaSCXForCausalLM")
 class Llama:
     """The decoder of `LlamaForCausalLM` checkpoints."""
 

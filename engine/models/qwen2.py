@@ -7,5 +7,6 @@ from engine.models.llama import Llama
 
 
 @models.register("Qwen2ForCausalLM")
+@models.register("Qwen2SCXForCausalLM")
 class Qwen2(Llama):
     """The decoder of `Qwen2ForCausalLM` checkpoints; the specification says which projections have biases."""

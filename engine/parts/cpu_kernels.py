@@ -6,7 +6,7 @@ import torch
 
 from engine.attention.cpu_vattn import CpuVattn
 from engine.parts.kernel_set import Layer, kernel_sets
-from engine.parts.layer import PreNormLayer
+from engine.parts.layer import Attention, PreNormLayer
 from engine.runner.batch import Batch
 from tessera_kernels.argmax import argmax
 from tessera_kernels.decoder_layer import DecoderLayer, LayerWeights
@@ -89,9 +89,11 @@ class CpuKernels:
 
     def fuse(self, layer: Layer) -> Layer:
         """See KernelSet: one call a layer, bitwise equal to its steps, where attention runs on these kernels too."""
-        if not (isinstance(layer, PreNormLayer) and isinstance(layer.attention.backend, CpuVattn)):
+        if not (isinstance(layer, PreNormLayer) and isinstance(layer.attention, Attention)):
             return layer
         attention, mlp = layer.attention, layer.mlp
+        if not isinstance(attention.backend, CpuVattn):
+            return layer
         weights = LayerWeights(
             input_norm=layer.input_norm.weight,
             qkv=_packed(attention.qkv),
@@ -107,7 +109,7 @@ class CpuKernels:
             attention.v,
             attention.heads,
             eps=layer.input_norm.eps,
-            scale=layer.attention.backend.scale,
+            scale=attention.backend.scale,
             window=attention.window,
         )
         return lambda hidden, batch: fused(hidden, batch)

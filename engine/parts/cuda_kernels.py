@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from engine.parts.kernel_set import Layer, kernel_sets
-from engine.parts.layer import PreNormLayer
+from engine.parts.layer import Attention, PreNormLayer
 from engine.runner.batch import Batch
 
 
@@ -87,6 +87,7 @@ class CudaLayer:
 
         self._gemv, self._rmsnorm, self._rope_store = gemv, rmsnorm, rope_store
         attention, mlp = layer.attention, layer.mlp
+        assert isinstance(attention, Attention)
         assert isinstance(attention.qkv, CudaLinear) and isinstance(attention.out, CudaLinear)
         assert isinstance(mlp.gate_up, CudaGatedLinear) and isinstance(mlp.down, CudaLinear)
         self._qkv, self._out, self._gate_up, self._down = attention.qkv, attention.out, mlp.gate_up, mlp.down
@@ -176,7 +177,9 @@ class CudaKernels:
 
     def fuse(self, layer: Layer) -> Layer:
         """See KernelSet. Results agree within rounding, not bitwise."""
-        return CudaLayer(layer) if isinstance(layer, PreNormLayer) else layer
+        if isinstance(layer, PreNormLayer) and isinstance(layer.attention, Attention):
+            return CudaLayer(layer)
+        return layer
 
 
 def missing() -> str | None:

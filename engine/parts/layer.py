@@ -6,6 +6,7 @@ The pieces hold kernels, a backend and views of memory; they know neither checkp
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -25,6 +26,13 @@ class Norm:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x: (N, C). Returns (N, C)."""
         return self.kernels.rmsnorm(x, self.weight, self.eps)
+
+
+class AttentionPiece(Protocol):
+    """One layer's attention over the slabs, plain (Attention) or encoded (engine/scx/attention.py)."""
+
+    def __call__(self, x: torch.Tensor, batch: Batch, add_to: torch.Tensor) -> None:
+        """x: (N, C), normed; add_to: (N, C) residual stream, updated in place."""
 
 
 @dataclass(slots=True)
@@ -64,7 +72,7 @@ class PreNormLayer:
     """Pre-norm attention and gated MLP, each added onto the residual stream."""
 
     input_norm: Norm
-    attention: Attention
+    attention: AttentionPiece
     post_norm: Norm
     mlp: GatedMlp
 

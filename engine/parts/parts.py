@@ -15,8 +15,9 @@ from engine.attention.base import AttentionBackend
 from engine.kv.store import KvStore
 from engine.loading.spec import ModelSpec
 from engine.parts.kernel_set import KernelSet, Layer, Linear
-from engine.parts.layer import Attention, GatedMlp, Norm, PreNormLayer
+from engine.parts.layer import Attention, AttentionPiece, GatedMlp, Norm, PreNormLayer
 from engine.parts.rope import rope_table
+from engine.scx.attention import Scx, ScxAttention
 
 
 class Weights(Protocol):
@@ -44,11 +45,12 @@ class Parts:
         max_model_len: int,
         device: torch.device = torch.device("cpu"),  # noqa: B008  a constant
         on_tensor: Callable[[], None] = lambda: None,
+        scx: Scx | None = None,
     ) -> None:
         self.spec, self.kernels, self.backend, self.store = spec, kernels, backend, store
         self._source, self._dtype, self._on_tensor = source, dtype, on_tensor
         self._rope = rope_table(spec.rope, spec.head_dim, max_model_len, spec.max_positions).to(device)
-        self._device = device
+        self._device, self._scx = device, scx
 
     def _tensor(self, name: str, *shape: int) -> torch.Tensor:
         """The named tensor in the engine's dtype."""
@@ -76,7 +78,7 @@ class Parts:
             self._tensor(f"{name}.weight", out, into), self._tensor(f"{name}.bias", out) if bias else None
         )
 
-    def attention(self, index: int, name: str) -> Attention:
+    def attention(self, index: int, name: str) -> AttentionPiece:
         """Layer `index`: the three projections as one product, the output projection, this layer's slabs."""
         spec = self.spec
         rows = {"q_proj": spec.heads, "k_proj": spec.kv_heads, "v_proj": spec.kv_heads}
@@ -86,16 +88,21 @@ class Parts:
         if spec.qkv_bias:
             bias = torch.cat([self._tensor(f"{name}.{side}.bias", n) for side, n in rows.items()])
         k, v = self.store.layer_views(index)
+        qkv = self.kernels.linear(weight, bias)
+        out = self.linear(f"{name}.o_proj", spec.hidden, rows["q_proj"], bias=spec.out_bias)
+        window = spec.layer_windows[index] if spec.layer_windows else 0
+        if self._scx is not None and index in self._scx.config.layers:
+            return ScxAttention(index, self._scx, self.backend, qkv, out, k, v, window)
         return Attention(
             kernels=self.kernels,
             backend=self.backend,
-            qkv=self.kernels.linear(weight, bias),
-            out=self.linear(f"{name}.o_proj", spec.hidden, rows["q_proj"], bias=spec.out_bias),
+            qkv=qkv,
+            out=out,
             rope=self._rope,
             k=k,
             v=v,
             heads=spec.heads,
-            window=spec.layer_windows[index] if spec.layer_windows else 0,
+            window=window,
         )
 
     def gated_mlp(self, name: str) -> GatedMlp:
@@ -109,7 +116,7 @@ class Parts:
         return GatedMlp(self.kernels.gated_linear(gate, up, biases), down)
 
     def pre_norm_layer(
-        self, *, input_norm: Norm, attention: Attention, post_norm: Norm, mlp: GatedMlp
+        self, *, input_norm: Norm, attention: AttentionPiece, post_norm: Norm, mlp: GatedMlp
     ) -> Layer:
         """A layer of these pieces, fused where the kernels can."""
         return self.kernels.fuse(PreNormLayer(input_norm, attention, post_norm, mlp))

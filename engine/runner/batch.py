@@ -53,6 +53,7 @@ class Batch:
     kv_lens: torch.Tensor
     sample_rows: torch.Tensor
     spans: tuple[Span, ...] = ()
+    host: Batch | None = None  # the same in host memory, where these tensors are on a device
 
     def to(self, device: torch.device) -> Batch:
         """The same on a device: one copy from pinned memory, which the launches behind it need not wait for."""
@@ -64,7 +65,7 @@ class Batch:
         torch.cat([field.to(torch.int32) for field in (*fields, self.sample_rows)], out=staged)
         moved = staged.to(device, non_blocking=True)
         tokens, positions, token_slots, slots, q_starts, kv_lens, rows = moved.split(sizes)
-        return Batch(tokens, positions, token_slots, slots, q_starts, kv_lens, rows, self.spans)
+        return Batch(tokens, positions, token_slots, slots, q_starts, kv_lens, rows, self.spans, self)
 
     @property
     def num_tokens(self) -> int:

@@ -18,6 +18,7 @@ from engine.runner.batch import Batch, Row, pack
 from engine.runner.graphs import DecodeGraphs
 from engine.runner.newest import NewestTokens
 from engine.runner.sampler import Pick, Sampler
+from engine.scx.sessions import Sessions
 
 
 @dataclass(slots=True)
@@ -51,10 +52,12 @@ class Runner:
         store: KvStore,
         sampler: Sampler,
         device: torch.device = torch.device("cpu"),  # noqa: B008  a constant
+        scx: Sessions | None = None,
     ) -> None:
         self.model, self.store, self.sampler, self.device = model, store, sampler, device
         self.newest = NewestTokens(store.geometry.slots, device)
         self.graphs: DecodeGraphs | None = None
+        self.scx = scx
         self._sequences: dict[int, _Sequence] = {}
 
     def run(self, plan: StepPlan) -> StepResult:
@@ -65,6 +68,8 @@ class Runner:
     def launch(self, plan: StepPlan) -> Launched:
         """Apply the plan's memory and start its work; waits for nothing on the device."""
         refused = set(self.store.apply(plan))
+        if self.scx is not None:
+            self.scx.follow(plan, refused, self.store.slot_of)
         for seq_id in plan.releases:
             self._sequences.pop(seq_id, None)
         for admission in plan.admissions:
@@ -151,4 +156,6 @@ class Runner:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self._sequences.clear()
+        if self.scx is not None:
+            self.scx.shut()
         self.store.close()

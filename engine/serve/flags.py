@@ -22,7 +22,7 @@ from engine.core.knobs import Setting, near, settings
 MISSING = "\0missing"
 GROUPS = {
     "model": "model", "server": "server", "access": "keys", "scheduler": "scheduling", "memory": "KV memory",
-    "engine": "execution",
+    "engine": "execution", "scx": "SCX",
 }  # fmt: skip
 MAX_FILE_BYTES = 1 << 20
 METAVARS = {"int": "N", "float": "X", "str": "TEXT"}

@@ -20,6 +20,7 @@ from engine.core.request import Request, SamplingParams, check_token_ids
 from engine.core.seeds import SeedSource
 from engine.loading.resolve import resolve_model
 from engine.loading.spec import read_config
+from engine.scx import environment
 from engine.tokenization import Detokenizer, load_tokenizer
 
 Prompt = str | Sequence[int]
@@ -65,6 +66,7 @@ class LLM:
         self.config = EngineConfig(model=str(path), **settings)
         self.spec = read_config(path)
         self.tokenizer = load_tokenizer(self.config.tokenizer or path)
+        self._scx_environment = environment.snapshot()
         self.engine = build_engine(self.config)
         self._clock = MonotonicClock()
         self._seeds = SeedSource(self.config.seed)
@@ -82,6 +84,7 @@ class LLM:
         Raises RequestError for a prompt that is empty, too long or holds ids outside the vocabulary; nothing has run
         then. Returns one RequestOutput a prompt, in order.
         """
+        self._scx_environment = environment.check_unchanged(self._scx_environment)
         many: Sequence[Prompt] = [prompts] if _is_single(prompts) else prompts  # type: ignore[list-item,assignment]
         params = sampling_params or SamplingParams()
         each = list(params) if isinstance(params, Sequence) else [params] * len(many)

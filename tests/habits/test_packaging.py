@@ -50,11 +50,12 @@ def starts(names: Sequence[str], *tops: str) -> list[str]:
 
 
 def test_the_wheel_ships_the_packages_and_nothing_else(wheel: Path, root: Path) -> None:
-    """Four top-level names; every Python file of the packages; extensions, stubs and markers; no sources of C++."""
+    """Five top-level names; every Python file of the packages; extensions, stubs and markers; no sources of C++."""
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
     tops = {name.split("/")[0] for name in names}
-    assert tops == {"engine", "tessera_kernels", "vattention_ext", f"tessera_serve-{engine.__version__}.dist-info"}
+    facts = f"tessera_serve-{engine.__version__}.dist-info"
+    assert tops == {"engine", "scx", "tessera_kernels", "vattention_ext", facts}
     assert not [name for name in names if name.endswith((".cpp", ".hpp", ".h", ".ipp", ".o"))]
     for folder, package in (("engine", "engine"), ("kernels", "tessera_kernels"), ("vattention_ext", "vattention_ext")):
         wanted = {f"{package}/{path.relative_to(root / folder).as_posix()}" for end in ("*.py", "*.pyi", "py.typed")

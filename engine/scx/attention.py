@@ -1,0 +1,90 @@
+"""The encoded attention layer: projections here, maps on the secure side, attention and cache on what is encoded.
+
+The piece stands where the plain one stands (engine/parts/layer.py) and runs any attention backend unchanged. It knows
+no keys; what it holds of a row is what the compute device may see.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from engine.attention.base import AttentionBackend
+from engine.runner.batch import Batch
+from engine.scx.config import ScxConfig
+from engine.scx.secure import SealOrder, SecureSide
+
+if TYPE_CHECKING:
+    from engine.parts.kernel_set import Linear
+
+# observer(view, layer, tensors): what the compute device gets to see, by the view of an adversary that sees it first.
+#   "V1" the cache:        k, v (N, G, D) as they now stand in it, slots and positions (N,)
+#   "V3" and the queries:  q (N, H, D)
+#   "V4" every tensor:     qkv (N, (H + 2G) * D) before it is encoded; attended and decoded (N, H * D)
+# Tensors are not copies: keep none beyond the call without cloning it.
+Observer = Callable[[str, int, dict[str, torch.Tensor]], None]
+
+
+@dataclass(eq=False, slots=True)
+class Scx:
+    """What all encoded layers of an engine share. observer: None, or called with what crosses."""
+
+    config: ScxConfig
+    secure: SecureSide
+    observer: Observer | None = None
+
+
+@dataclass(eq=False, slots=True)
+class ScxAttention:
+    """One layer's attention over encoded slabs."""
+
+    layer: int
+    scx: Scx
+    backend: AttentionBackend
+    qkv: Linear
+    out: Linear
+    k: torch.Tensor  # (S, C, G, D) slab view of this layer
+    v: torch.Tensor
+    window: int
+
+    def __call__(self, x: torch.Tensor, batch: Batch, add_to: torch.Tensor) -> None:
+        """x: (N, C), normed; add_to: (N, C) residual stream, updated in place. Raises ScxError before that."""
+        secure, layer = self.scx.secure, self.layer
+        projected = self.qkv(x)
+        q = secure.encode_store(layer, projected, batch, self.k, self.v)  # (N, H, D)
+        attended = self.backend.attend(q, self.k, self.v, batch, self.window)  # (N, H * D)
+        if self.scx.observer is not None:
+            self._show(batch, q, projected)
+        if self.scx.config.page_seal:
+            full = secure.seal(layer, batch)  # later steps see these rows whole, whatever their order
+            if full is not None:
+                shuffle_blocks(self.k, self.v, full)
+        decoded = secure.decode(layer, attended, batch)
+        if self.scx.observer is not None:
+            self.scx.observer("V4", layer, {"attended": attended, "decoded": decoded})
+        self.out(decoded, add_to=add_to)
+
+    def _show(self, batch: Batch, q: torch.Tensor, projected: torch.Tensor) -> None:
+        """Tell the observer what stands on the compute device after encoding."""
+        assert self.scx.observer is not None
+        where = (batch.token_slots.long(), batch.positions.long())
+        rows = {"k": self.k[where], "v": self.v[where], "slots": batch.token_slots, "positions": batch.positions}
+        self.scx.observer("V1", self.layer, rows)
+        self.scx.observer("V3", self.layer, {"q": q})
+        self.scx.observer("V4", self.layer, {"qkv": projected})
+
+
+def shuffle_blocks(k: torch.Tensor, v: torch.Tensor, full: SealOrder) -> None:
+    """Permute the rows of whole blocks in place, K and V alike and each KV head on its own. k, v: (S, C, G, D).
+
+    Exact for every later query: it sees a block whole, and attention does not depend on the order of what it sees.
+    """
+    size = full.order.shape[2]
+    slots, firsts = full.slots[:, None, None], full.firsts[:, None, None]  # (P, 1, 1)
+    heads = torch.arange(k.shape[2], device=k.device)[None, :, None]
+    into = firsts + torch.arange(size, device=k.device)
+    for slab in (k, v):
+        slab[slots, into, heads] = slab[slots, firsts + full.order, heads]

@@ -1,0 +1,64 @@
+"""From a checked configuration to a secure side, and what the log says about it.
+
+Another kind of secure side is another branch of `open_scx`; nothing else asks where keys live.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+
+import torch
+
+from engine.loading.spec import ModelSpec
+from engine.scx.attention import Scx
+from engine.scx.config import ScxConfig
+from engine.scx.environment import DEVICE, LAYERS
+from engine.scx.keys import fresh_root, read_root
+from engine.scx.secure import HeadShape, LocalSecureSide, SecureSide
+
+log = logging.getLogger(__name__)
+
+# Spec 4.3 in short; the whole statement stands in docs/scx.md.
+THREATS = (
+    "SCX obfuscates the KV cache of layers %s: a copy of that cache alone, without the session's key, cannot be used "
+    "or read directly. It is not encryption. Known prefixes, queries, scores, hidden states or logits seen on the compute "
+    "device undo every scheme; other layers' caches are plaintext and enough to recover a prompt. It protects neither "
+    "integrity nor lengths, timing or sampled tokens. docs/scx.md has the whole statement"
+)
+
+
+def model_identity(spec: ModelSpec) -> bytes:
+    """What keys are bound to, so that one model's maps are no other's: a digest of the specification."""
+    return hashlib.sha256(repr(spec).encode()).digest()
+
+
+def open_scx(
+    config: ScxConfig, spec: ModelSpec, rope: torch.Tensor, *, slots: int, max_tokens: int, compute: torch.device
+) -> Scx:
+    """The secure side of an engine. rope: (P, 2, D/2) float32. Raises ConfigError for a key file it cannot use."""
+    shape = HeadShape(spec.heads, spec.kv_heads, spec.head_dim, slots, max_tokens)
+    root = fresh_root() if config.key_file is None else read_root(config.key_file)
+    secure: SecureSide = LocalSecureSide(config, shape, rope, root, model_identity(spec), compute)
+    _say(config, shape, compute)
+    return Scx(config, secure)
+
+
+def _say(config: ScxConfig, shape: HeadShape, compute: torch.device) -> None:
+    layers = ",".join(map(str, config.layers))
+    log.warning(THREATS, layers)
+    same = " and the compute device" if torch.device(config.secure_device).type == compute.type else ""
+    log.warning("SCX: the secure device %s%s share this process: no isolation", config.secure_device, same)
+    if config.scheme == "perm-static":
+        log.warning("SCX scheme perm-static has one map for all requests and heads: for comparison only; use perm")
+    if config.segment_tokens:
+        log.warning("SCX: a key for every %d tokens makes attention run once a key, in plain PyTorch: slow",
+                    config.segment_tokens)
+        if config.segment_tokens >= shape.head_dim:
+            log.warning("SCX: %d tokens a key are no fewer than the %d entries of a head: known text of that length "
+                        "undoes it", config.segment_tokens, shape.head_dim)
+    if config.debug:
+        log.info("[SCX DEBUG] %s: %s", LAYERS, layers)
+        log.info("[SCX DEBUG] %s: %s", DEVICE, config.secure_device)
+        log.info("[SCX DEBUG] scheme %s, %d heads over %d KV heads of %d, %d slots, sealed blocks of %d tokens",
+                 config.scheme, shape.heads, shape.kv_heads, shape.head_dim, shape.slots, config.seal_tokens)

@@ -1,0 +1,299 @@
+"""The secure side: it holds the keys, and rotates, encodes and decodes the rows that a step has scheduled.
+
+`SecureSide` is what a model's pieces call, whoever answers. `LocalSecureSide` answers in this process, on a torch
+device of its own: that is no isolation, only the right arithmetic (docs/scx.md). It does not know weights, queues or
+who asks. A row of a session is encoded once for each layer, in the order of positions, and its output decoded once, so
+that whoever calls gains no oracle beyond the rows that ran.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from engine.runner.batch import Batch
+from engine.scx.config import ScxConfig
+from engine.scx.errors import LayerNotEncoded, OutOfOrder, ShapeMismatch, UnknownSession
+from engine.scx.keys import Label, Scope, Secret, SessionKeys, permutations
+from engine.scx.schemes import Maps, schemes
+from tessera_kernels.head_maps import Rows, decode_reference, encode_reference
+
+
+class Encoded(NamedTuple):
+    """What may leave the secure side: q (N, H, D), k and v (N, G, D), on the compute device, in its dtype."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+
+
+class SealOrder(NamedTuple):
+    """Blocks whose rows change places now: slots and first tokens (P,) int64; order (P, G, B) int64, where row j of the
+    block becomes what was row order[j]."""
+
+    slots: torch.Tensor
+    firsts: torch.Tensor
+    order: torch.Tensor
+
+
+@dataclass(slots=True)
+class Traffic:
+    """What crossed. calls: encodes and decodes; bytes to and from the secure side."""
+
+    calls: int = 0
+    bytes_in: int = 0
+    bytes_out: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class HeadShape:
+    """The attention that is encoded: heads, KV heads, entries of a head; slots and tokens a slot."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    slots: int
+    max_tokens: int
+
+
+class SecureSide(ABC):
+    """Encodes and decodes; see the module. Every method raises an ScxError rather than answering in plaintext."""
+
+    traffic: Traffic
+
+    @abstractmethod
+    def open(self, slot: int, nonce: bytes, *, tenant: bytes = b"", epoch: int = 0) -> str:
+        """Start a session on a free slot. Returns its key namespace (see SessionKeys). nonce: 16 bytes, never used
+        before with this root. Raises UnknownSession when one is open there."""
+
+    @abstractmethod
+    def close(self, slot: int) -> None:
+        """End a session and clear what was derived for it. Without one, nothing happens."""
+
+    @abstractmethod
+    def encode(self, layer: int, qkv: torch.Tensor, batch: Batch) -> Encoded:
+        """qkv: (N, (H + 2G) * D), the projections of the batch's rows before rotation."""
+
+    def encode_store(
+        self, layer: int, qkv: torch.Tensor, batch: Batch, k: torch.Tensor, v: torch.Tensor
+    ) -> torch.Tensor:
+        """encode(), with k' and v' written to their places in the slabs k, v (S, C, G, D). Returns q'."""
+        encoded = self.encode(layer, qkv, batch)
+        where = (batch.token_slots.long(), batch.positions.long())
+        k[where], v[where] = encoded.k, encoded.v
+        return encoded.q
+
+    @abstractmethod
+    def seal(self, layer: int, batch: Batch) -> SealOrder | None:
+        """The blocks that this step's rows made full, in the layer encoded last; between its encode and its decode."""
+
+    @abstractmethod
+    def decode(self, layer: int, attended: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """attended: (N, H * D), the attention output of the rows encoded last in this layer. Same shape, decoded."""
+
+    @abstractmethod
+    def shut(self) -> None:
+        """End every session and forget the root. Idempotent."""
+
+
+@dataclass(eq=False, slots=True)
+class Step:
+    """A batch in numbers the host knows; chunk b writes positions starts[b]..ends[b] - 1 of slots[b]."""
+
+    batch: Batch
+    slots: np.ndarray
+    starts: np.ndarray
+    ends: np.ndarray
+    rows: Rows
+
+    @staticmethod
+    def of(batch: Batch, device: torch.device) -> Step:
+        """Made from chunks alone: a position that a caller invents is not looked at. Raises OutOfOrder for a slot
+        that stands in two chunks."""
+        host = batch.host or batch
+        slots, ends = host.slots.numpy().astype(np.int64), host.kv_lens.numpy().astype(np.int64)
+        counts = np.diff(host.q_starts.numpy()).astype(np.int64)
+        starts = ends - counts
+        if len(set(slots.tolist())) != len(slots):
+            raise OutOfOrder(f"a step has two chunks of one slot among {slots.tolist()}")
+        total = int(counts.sum())
+        firsts: np.ndarray = np.repeat(starts - (np.cumsum(counts) - counts), counts)
+        positions = torch.from_numpy((np.arange(total) + firsts).astype(np.int32)).to(device)
+        of_rows = torch.from_numpy(np.repeat(slots, counts).astype(np.int32)).to(device)
+        return Step(batch, slots, starts, ends, Rows(positions, of_rows, of_rows))
+
+
+@dataclass(slots=True)
+class Session:
+    """An open session of the local side."""
+
+    keys: SessionKeys
+    segments: list[Maps] = field(default_factory=list)  # with --scx-segment-tokens: maps (L, ...) of each segment
+
+
+class LocalSecureSide(SecureSide):
+    """SecureSide on a torch device of this process. rope: (P, 2, D/2) float32; compute: where answers go.
+
+    Maps of all sessions lie in tables by slot, so that one operation serves a whole batch.
+    """
+
+    def __init__(
+        self, config: ScxConfig, shape: HeadShape, rope: torch.Tensor, root: Secret, model: bytes,
+        compute: torch.device,
+    ) -> None:  # fmt: skip
+        self.config, self.shape, self.compute = config, shape, compute
+        self.device = torch.device(config.secure_device)
+        self.scheme = schemes[config.scheme]()
+        self.traffic = Traffic()
+        self._scope, self._root = Scope(model, config.scheme), root
+        self._rope = rope.to(self.device, copy=True)  # its own copy: the model's stays where it is
+        self._place = {layer: i for i, layer in enumerate(config.layers)}
+        self._sessions: dict[int, Session] = {}
+        # position to encode next, by layer and slot; -1 = no session
+        self._next: np.ndarray = np.full((len(config.layers), shape.slots), -1, dtype=np.int64)
+        self._awaiting: list[Step | None] = [None] * len(config.layers)  # encoded, not yet decoded
+        self._step: Step | None = None
+        self._tables = self._make_tables()
+
+    def _make_tables(self) -> list[Maps]:
+        """For each layer, maps (slots, G, D[, D]); zeros where no session is."""
+        dim, matrices = self.shape.head_dim, self.scheme.matrices
+        shape = (self.shape.slots, self.shape.kv_heads, dim, *((dim,) if matrices else ()))
+        dtype = torch.float32 if matrices else torch.int16
+        return [Maps(*(torch.zeros(shape, dtype=dtype, device=self.device) for _ in Maps._fields))
+                for _ in self.config.layers]  # fmt: skip
+
+    # ------------------------------------------------------------ sessions
+
+    def open(self, slot: int, nonce: bytes, *, tenant: bytes = b"", epoch: int = 0) -> str:
+        """See SecureSide."""
+        if not 0 <= slot < self.shape.slots:
+            raise UnknownSession(f"slot {slot} is outside 0..{self.shape.slots - 1}")
+        if slot in self._sessions:
+            raise UnknownSession(f"slot {slot} has an open session; close it first")
+        salt = b"static" if self.scheme.shared else nonce
+        keys = SessionKeys(self._root, salt, self._scope, tenant=tenant, epoch=0 if self.scheme.shared else epoch)
+        self._sessions[slot] = Session(keys)
+        self._fill(slot, self._sessions[slot])
+        self._next[:, slot] = 0
+        return keys.namespace
+
+    def _fill(self, slot: int, session: Session) -> None:
+        """Derive a session's maps into its place in the tables."""
+        shape = self.shape
+        maps = self.scheme.maps(session.keys, self.config.layers, shape.kv_heads, shape.head_dim)
+        for made, into in zip(maps, Maps(*zip(*self._tables, strict=True)), strict=True):
+            for i, table in enumerate(into):
+                table[slot] = made[i]
+        clear(maps)
+
+    def close(self, slot: int) -> None:
+        """See SecureSide."""
+        session = self._sessions.pop(slot, None)
+        if session is None:
+            return
+        session.keys.clear()
+        for maps in (*session.segments, *(Maps(*(table[slot] for table in tables)) for tables in self._tables)):
+            clear(maps)
+        self._next[:, slot] = -1
+
+    def shut(self) -> None:
+        """See SecureSide."""
+        for slot in list(self._sessions):
+            self.close(slot)
+        self._root.clear()
+
+    # ------------------------------------------------------------ rows
+
+    def _claim(self, layer: int, qkv: torch.Tensor, batch: Batch) -> tuple[int, Step]:
+        """The layer's place and the step, its rows now counted as encoded. Raises an ScxError."""
+        place = self._place_of(layer)
+        step = self._step_of(batch)
+        shape = self.shape
+        width, count = (shape.heads + 2 * shape.kv_heads) * shape.head_dim, step.rows.positions.shape[0]
+        if tuple(qkv.shape) != (count, width):
+            raise ShapeMismatch(f"layer {layer}: {tuple(qkv.shape)} for scheduled rows of ({count}, {width})")
+        expected = self._next[place, step.slots]
+        if (expected != step.starts).any():
+            wrong = int(np.flatnonzero(expected != step.starts)[0])
+            slot, start, want = int(step.slots[wrong]), int(step.starts[wrong]), int(expected[wrong])
+            if want < 0:
+                raise UnknownSession(f"layer {layer}: slot {slot} has no open session")
+            raise OutOfOrder(f"layer {layer}, slot {slot}: rows from position {start}, but {want} is next")
+        if int(step.ends.max()) > self._rope.shape[0]:
+            raise ShapeMismatch(f"position {int(step.ends.max()) - 1} is outside 0..{self._rope.shape[0] - 1}")
+        self._next[place, step.slots] = step.ends
+        self._awaiting[place] = step
+        return place, step
+
+    def _place_of(self, layer: int) -> int:
+        place = self._place.get(layer)
+        if place is None:
+            raise LayerNotEncoded(f"layer {layer} is not one of {', '.join(map(str, self.config.layers))}")
+        return place
+
+    def _step_of(self, batch: Batch) -> Step:
+        """The batch's numbers, worked out once a step."""
+        if self._step is None or self._step.batch is not batch:
+            self._step = Step.of(batch, self.device)
+        return self._step
+
+    def _awaited(self, layer: int, batch: Batch) -> tuple[int, Step]:
+        """The step that the layer encoded last, which must be this batch's. Raises OutOfOrder."""
+        place = self._place_of(layer)
+        step = self._awaiting[place]
+        if step is None or step.batch is not batch:
+            raise OutOfOrder(f"layer {layer}: rows to decode that were not the last ones encoded")
+        return place, step
+
+    def _count(self, incoming: torch.Tensor, outgoing: torch.Tensor) -> None:
+        self.traffic.calls += 1
+        self.traffic.bytes_in += incoming.nbytes
+        self.traffic.bytes_out += outgoing.nbytes
+
+    def encode(self, layer: int, qkv: torch.Tensor, batch: Batch) -> Encoded:
+        """See SecureSide."""
+        place, step = self._claim(layer, qkv, batch)
+        maps, heads, groups = self._tables[place], self.shape.heads, self.shape.kv_heads
+        rows = encode_reference(qkv.to(self.device), self._rope, step.rows, maps.q, maps.k, maps.v, heads)
+        self._count(qkv, rows)
+        q, k, v = rows.to(self.compute).split([heads, groups, groups], dim=1)
+        return Encoded(q.contiguous(), k, v)
+
+    def decode(self, layer: int, attended: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """See SecureSide."""
+        place, step = self._awaited(layer, batch)
+        if tuple(attended.shape) != (step.rows.tables.shape[0], self.shape.heads * self.shape.head_dim):
+            raise ShapeMismatch(f"layer {layer}: {tuple(attended.shape)} is not the output of the scheduled rows")
+        self._awaiting[place] = None
+        table = self._tables[place].out
+        decoded = decode_reference(attended.to(self.device), step.rows.tables, table, self.shape.heads)
+        self._count(attended, decoded)
+        return decoded.to(self.compute)
+
+    def seal(self, layer: int, batch: Batch) -> SealOrder | None:
+        """See SecureSide."""
+        _, step = self._awaited(layer, batch)
+        size = self.config.seal_tokens
+        full = zip(step.slots.tolist(), (step.starts // size).tolist(), (step.ends // size).tolist(), strict=True)
+        blocks = [(slot, block) for slot, first, last in full for block in range(first, last)]
+        if not blocks:
+            return None
+        heads, orders = range(self.shape.kv_heads), []
+        for slot in dict.fromkeys(slot for slot, _ in blocks):
+            labels = [Label(layer, head, block) for owner, block in blocks if owner == slot for head in heads]
+            orders.append(permutations(self._sessions[slot].keys, "row", labels, size))
+        order = torch.from_numpy(np.concatenate(orders)).view(len(blocks), len(heads), size)
+        slots, firsts = torch.tensor([[slot, block * size] for slot, block in blocks]).unbind(1)
+        return SealOrder(slots.to(self.compute), firsts.to(self.compute), order.long().to(self.compute))
+
+
+def clear(tensors: Sequence[torch.Tensor]) -> None:
+    """Overwrite with zeros."""
+    for tensor in tensors:
+        tensor.zero_()

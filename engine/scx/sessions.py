@@ -1,0 +1,48 @@
+"""Sessions follow step plans: one is opened when a sequence gets its slot and closed when it gives it back.
+
+Every epoch of a sequence is a session of its own, with a nonce of its own. It knows ids and slots, no keys or tensors.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Collection
+
+from engine.core.plan import StepPlan
+from engine.scx.attention import Scx
+
+NONCE_BYTES = 16
+
+
+class Sessions:
+    """The runner's hand on the secure side. namespaces: sequence -> its key namespace, for whoever shares tokens."""
+
+    def __init__(self, scx: Scx) -> None:
+        self.scx = scx
+        self.namespaces: dict[int, str] = {}
+        self._slots: dict[int, int] = {}
+
+    def follow(self, plan: StepPlan, refused: Collection[int], slot_of: Callable[[int], int]) -> None:
+        """After the plan's memory was applied. refused: sequences that hold no slot now. Raises ScxError."""
+        for seq_id in plan.releases:
+            self._close(seq_id)
+        for seq_id in refused:
+            self._close(seq_id)
+        for admission in plan.admissions:
+            if admission.seq_id not in refused:
+                slot = slot_of(admission.seq_id)
+                nonce = secrets.token_bytes(NONCE_BYTES)
+                self.namespaces[admission.seq_id] = self.scx.secure.open(slot, nonce, epoch=admission.epoch)
+                self._slots[admission.seq_id] = slot
+
+    def _close(self, seq_id: int) -> None:
+        self.namespaces.pop(seq_id, None)
+        slot = self._slots.pop(seq_id, None)
+        if slot is not None:
+            self.scx.secure.close(slot)
+
+    def shut(self) -> None:
+        """End every session and forget the root."""
+        self._slots.clear()
+        self.namespaces.clear()
+        self.scx.secure.shut()
