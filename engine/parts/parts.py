@@ -92,7 +92,7 @@ class Parts:
         out = self.linear(f"{name}.o_proj", spec.hidden, rows["q_proj"], bias=spec.out_bias)
         window = spec.layer_windows[index] if spec.layer_windows else 0
         if self._scx is not None and index in self._scx.config.layers:
-            return ScxAttention(index, self._scx, self.backend, qkv, out, k, v, window)
+            return ScxAttention(index, self._scx, self._scx.backend or self.backend, qkv, out, k, v, window)
         return Attention(
             kernels=self.kernels,
             backend=self.backend,

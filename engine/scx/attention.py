@@ -35,6 +35,7 @@ class Scx:
     config: ScxConfig
     secure: SecureSide
     observer: Observer | None = None
+    backend: AttentionBackend | None = None  # in place of the engine's, where one key a request is not enough
 
 
 @dataclass(eq=False, slots=True)

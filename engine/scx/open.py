@@ -15,7 +15,8 @@ from engine.scx.attention import Scx
 from engine.scx.config import ScxConfig
 from engine.scx.environment import DEVICE, LAYERS
 from engine.scx.keys import fresh_root, read_root
-from engine.scx.secure import HeadShape, LocalSecureSide, SecureSide
+from engine.scx.secure import HeadShape, LocalSecureSide
+from engine.scx.segments import SegmentBackend, SegmentedSide
 
 log = logging.getLogger(__name__)
 
@@ -36,12 +37,14 @@ def model_identity(spec: ModelSpec) -> bytes:
 def open_scx(
     config: ScxConfig, spec: ModelSpec, rope: torch.Tensor, *, slots: int, max_tokens: int, compute: torch.device
 ) -> Scx:
-    """The secure side of an engine. rope: (P, 2, D/2) float32. Raises ConfigError for a key file it cannot use."""
+    """An engine's secure side. rope: (P, 2, D/2) float32. Raises ConfigError for a key file it cannot use."""
     shape = HeadShape(spec.heads, spec.kv_heads, spec.head_dim, slots, max_tokens)
     root = fresh_root() if config.key_file is None else read_root(config.key_file)
-    secure: SecureSide = LocalSecureSide(config, shape, rope, root, model_identity(spec), compute)
     _say(config, shape, compute)
-    return Scx(config, secure)
+    if config.segment_tokens:
+        side = SegmentedSide(config, shape, rope, root, model_identity(spec), compute)
+        return Scx(config, side, backend=SegmentBackend(config.segment_tokens, spec.head_dim**-0.5))
+    return Scx(config, LocalSecureSide(config, shape, rope, root, model_identity(spec), compute))
 
 
 def _say(config: ScxConfig, shape: HeadShape, compute: torch.device) -> None:

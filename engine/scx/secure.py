@@ -110,6 +110,7 @@ class Step:
     starts: np.ndarray
     ends: np.ndarray
     rows: Rows
+    dtype: torch.dtype = torch.float32  # of the rows that came
 
     @staticmethod
     def of(batch: Batch, device: torch.device) -> Step:
@@ -229,6 +230,7 @@ class LocalSecureSide(SecureSide):
             raise ShapeMismatch(f"position {int(step.ends.max()) - 1} is outside 0..{self._rope.shape[0] - 1}")
         self._next[place, step.slots] = step.ends
         self._awaiting[place] = step
+        step.dtype = qkv.dtype
         return place, step
 
     def _place_of(self, layer: int) -> int:
@@ -294,6 +296,7 @@ class LocalSecureSide(SecureSide):
 
 
 def clear(tensors: Sequence[torch.Tensor]) -> None:
-    """Overwrite with zeros."""
-    for tensor in tensors:
-        tensor.zero_()
+    """Overwrite with zeros, also what a step made in inference mode."""
+    with torch.inference_mode():
+        for tensor in tensors:
+            tensor.zero_()
