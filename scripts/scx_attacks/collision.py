@@ -45,6 +45,6 @@ def collide(view: View, tried: list[Rows], positions: range, feature: str) -> Gu
         known = FEATURES[feature](rows.k, rows.v)  # (m, G, f)
         unit = known.std(0, keepdim=True).clamp_min(1e-6)
         first, last = block_of[at]
-        part = View(view.rules, view.layer, view.k[first:last], view.v[first:last])
+        part = view.part(first, last)
         distance.append(match(part, seen[first:last] / unit, known / unit).distance[0])
     return Guess(torch.stack(distance), torch.ones(len(distance), dtype=torch.int64))

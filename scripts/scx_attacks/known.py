@@ -66,7 +66,7 @@ def known_plaintext(model: PublicModel, view: View, prefix: torch.Tensor) -> Gue
     span = view.rules.segment_tokens or view.tokens
     for first in range(0, len(prefix), span):
         last = min(first + span, view.tokens)
-        part = View(view.rules, view.layer, view.k[first:last], view.v[first:last])
+        part = view.part(first, last)
         known = min(len(prefix), last) - first
         if view.rules.seal_tokens:
             known -= known % view.rules.seal_tokens

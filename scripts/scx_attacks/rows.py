@@ -22,9 +22,20 @@ def nearest_key(model: PublicModel, view: View) -> Guess:
     return match(view, rotate(view.k, model.rope[: view.tokens], back=True), model.first_rows().k)
 
 
-def sorted_values(model: PublicModel, view: View) -> Guess:
-    """A2: coordinates in order of size, per head, by L1: the same for every permutation of channels."""
-    return match(view, view.v.sort(-1).values, model.first_rows().v.sort(-1).values, norm=1)
+def _directions(x: torch.Tensor) -> torch.Tensor:
+    """Rows at length 1: what is left when their lengths, which A4 takes, are out of account."""
+    return x / x.norm(dim=-1, keepdim=True)
+
+
+def sorted_values(model: PublicModel, view: View, *, shape_only: bool = False) -> Guess:
+    """A2: coordinates in order of size, per head, by L1: the same for every permutation of channels.
+
+    shape_only: of rows at length 1, so that the answer tells what the order of coordinates gives by itself.
+    """
+    seen, known = view.v, model.first_rows().v
+    if shape_only:
+        seen, known = _directions(seen), _directions(known)
+    return match(view, seen.sort(-1).values, known.sort(-1).values, norm=1)
 
 
 def hadamard(size: int) -> torch.Tensor:
@@ -35,13 +46,15 @@ def hadamard(size: int) -> torch.Tensor:
     return h / size**0.5
 
 
-def sorted_magnitudes(model: PublicModel, view: View) -> Guess:
+def sorted_magnitudes(model: PublicModel, view: View, *, shape_only: bool = False) -> Guess:
     """A3: magnitudes in order, of the rows as they are and of the rows behind H^-1: one round of signs, permutation
-    and a public Hadamard H falls to the second. The nearer of the two counts."""
-    known = model.first_rows().v.abs().sort(-1).values
-    tries = [view.v]
+    and a public Hadamard H falls to the second. The nearer of the two counts. shape_only: as in A2."""
+    rows, table = view.v, model.first_rows().v
+    if shape_only:
+        rows, table = _directions(rows), _directions(table)
+    known, tries = table.abs().sort(-1).values, [rows]
     if view.v.shape[-1] & (view.v.shape[-1] - 1) == 0:
-        tries.append(view.v @ hadamard(view.v.shape[-1]))
+        tries.append(rows @ hadamard(view.v.shape[-1]))
     guesses = [match(view, seen.abs().sort(-1).values, known, norm=1) for seen in tries]
     return Guess(torch.stack([guess.distance for guess in guesses]).amin(0), guesses[0].bag)
 

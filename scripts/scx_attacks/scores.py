@@ -11,7 +11,7 @@ import torch
 from scripts.scx_attacks.public import PublicModel, rotate
 from scripts.scx_attacks.view import Guess, View, square_distance
 
-SHORTLIST = 64
+SHORTLIST = 32
 FAR = 1e9
 
 
@@ -38,21 +38,20 @@ def pairwise_scores(model: PublicModel, view: View) -> Guess:
     assert view.q is not None and view.live_k is not None
     first = self_scores(model, view)
     rows = model.first_rows()
-    group = view.q.shape[1] // view.live_k.shape[1]
+    spread = lambda k: k.repeat_interleave(view.q.shape[1] // k.shape[1], 1).transpose(0, 1)  # type: ignore[union-attr]  # noqa: E731
+    live = spread(view.live_k)  # (H, n, D)
+    guessed = torch.zeros_like(live)  # the keys of the tokens found so far, rotated
     span = view.rules.segment_tokens or view.tokens
     distance = first.distance + FAR
-    found = torch.empty(view.tokens, dtype=torch.int64)
     for at in range(view.tokens):
         short = first.distance[at].topk(min(SHORTLIST, model.vocab), largest=False).indices  # (m,)
-        start = at // span * span
-        total = first.distance[at, short]
+        total, start = first.distance[at, short], at // span * span
         if at > start:
-            q = rotate(rows.q[short], model.rope[at : at + 1])  # (m, H, D)
-            k = rotate(rows.k[found[start:at]], model.rope[start:at]).repeat_interleave(group, 1)  # (j, H, D)
-            guess = torch.einsum("mhd,jhd->mjh", q, k)
-            seen = torch.einsum("hd,jhd->jh", view.q[at], view.live_k[start:at].repeat_interleave(group, 1))
-            unit = guess.std() + 1e-6
-            total = total + ((guess - seen) / unit).pow(2).mean((1, 2))
+            q = rotate(rows.q[short], model.rope[at : at + 1]).transpose(0, 1)  # (H, m, D)
+            mine = q @ guessed[:, start:at].mT  # (H, m, j)
+            seen = view.q[at][:, None] @ live[:, start:at].mT  # (H, 1, j)
+            total = total + ((mine - seen) / (mine.std() + 1e-6)).pow(2).mean((0, 2))
         distance[at, short] = total
-        found[at] = short[total.argmin()]
+        best = short[total.argmin()][None]
+        guessed[:, at] = spread(rotate(rows.k[best], model.rope[at : at + 1]))[:, 0]
     return Guess(distance, first.bag)

@@ -6,7 +6,7 @@ the engine.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -63,10 +63,9 @@ class Table:
         self._tried: list[Rows] = collision.candidate_rows(model, truth, probe.deep, probe.positions, self._pools)
 
     def row(self, rules: Rules, capture: Capture) -> Row:
-        """All attacks on one scheme. capture is called twice: A9 and the alarm need the first prompt once more."""
+        """All attacks on one scheme. The first prompt is captured once more, for A9 and the alarm."""
         found = Row(rules)
-        views = capture(rules, self.probe.prompts)
-        again = capture(rules, self.probe.prompts[:1])[0]
+        *views, again = capture(rules, [*self.probe.prompts, self.probe.prompts[0]])
         self._rows(found, [view[0] for view in views])
         self._collisions(found, views[0][self.probe.deep])
         self._relations(found, views[0], again)
@@ -79,28 +78,49 @@ class Table:
 
     def _rows(self, found: Row, views: list[View]) -> None:
         """A1-A5 and A7, at layer 0."""
-        model, out, dim = self.model, found.recovery, self.model.spec.head_dim
+        model, out = self.model, found.recovery
         out["A1 V"] = self._score(views, lambda view, _: rows.nearest_value(model, view))
         if not found.rules.seal_tokens:  # a sealed row's position is not known
             out["A1 K"] = self._score(views, lambda view, _: rows.nearest_key(model, view))
-        out["A2"] = self._score(views, lambda view, _: rows.sorted_values(model, view))
-        out["A3"] = self._score(views, lambda view, _: rows.sorted_magnitudes(model, view))
+        for name, attack in (("A2", rows.sorted_values), ("A3", rows.sorted_magnitudes)):
+            out[name] = self._score(views, lambda view, _, by=attack: by(model, view))  # type: ignore[misc]
+            out[f"{name} shape"] = self._score(
+                views, lambda view, _, by=attack: by(model, view, shape_only=True)  # type: ignore[misc]
+            )  # fmt: skip
         lengths = (rows.norm_fingerprint, rows.scaled_norms)
         out["A4"] = best(self._score(views, lambda view, _, by=by: by(model, view)) for by in lengths)  # type: ignore[misc]
+        self._known(found, views)
+        out["A7 self"] = self._score(views, lambda view, _: scores.self_scores(model, view))
+        out["A7"] = self._score(views[:1], lambda view, _: scores.pairwise_scores(model, view))
+
+    def _known(self, found: Row, views: list[View]) -> None:
+        """A5 with prefixes of four lengths, and where keys change, with the first half of each segment known."""
+        model, dim, size = self.model, self.model.spec.head_dim, found.rules.segment_tokens
         for name, count in (("0", 0), ("D/4", dim // 4), ("D", dim), ("2D", 2 * dim)):
-            out[f"A5 {name}"] = self._score(
+            found.recovery[f"A5 {name}"] = self._score(
                 views, lambda view, truth, m=count: known.known_plaintext(model, view, truth[:m]), count  # type: ignore[misc]
             )  # fmt: skip
-        out["A7 self"] = self._score(views, lambda view, _: scores.self_scores(model, view))
-        out["A7"] = self._score(views, lambda view, _: scores.pairwise_scores(model, view))
+        if not size or found.rules.seal_tokens:
+            return
+        each = []
+        for view, truth in zip(views, self.probe.prompts):
+            for first in range(0, view.tokens - size + 1, size):
+                part, mine = view.part(first, first + size), truth[first : first + size]
+                guess = known.known_plaintext(model, part, mine[: size // 2])
+                each.append(places(guess, mine)[size // 2 :])
+        found.recovery["A5 half"] = score(each, 1 / model.vocab)
+
+    def collide(self, view: View, feature: str) -> Guess:
+        """A6 on a view of the deep layer of the first prompt; column 0 of the answer is the true token."""
+        return collision.collide(view, self._tried, self.probe.positions, feature)
 
     def _collisions(self, found: Row, view: View) -> None:
-        """A6, at the deep layer of the first prompt, by each invariant; the best of them is the attack."""
+        """A6 by each invariant; the best of them is the attack."""
         first = torch.zeros(len(self.probe.positions), dtype=torch.int64)
+        each = {}
         for feature in collision.FEATURES:
-            guess = collision.collide(view, self._tried, self.probe.positions, feature)
-            found.recovery[f"A6 {feature}"] = score([places(guess, first)], 1 / self._pools.shape[1])
-        found.recovery["A6"] = best(found.recovery[f"A6 {feature}"] for feature in collision.FEATURES)
+            each[feature] = score([places(self.collide(view, feature), first)], 1 / self._pools.shape[1])
+        found.recovery["A6"] = best(each.values())
 
     def _relations(self, found: Row, one: dict[int, View], other: dict[int, View]) -> None:
         """A8 at layer 0, A9 at the deep layer. Both requests have the first prompt."""
@@ -113,6 +133,6 @@ class Table:
             found.rates[f"A9 {by}"] = link.link_rate(one[deep], other[deep], by), link.link_chance(one[deep])
 
 
-def best(some: Any) -> Score:
+def best(some: Iterable[Score]) -> Score:
     """The Score with the highest recovery."""
     return max(some, key=lambda one: one.top1)

@@ -17,13 +17,19 @@ BOOTSTRAP_DRAWS = 500
 class Rules:
     """What Kerckhoffs grants: how a scheme works, not its keys. 0 = the feature is off.
 
-    seal_tokens: rows of full blocks of that many tokens are shuffled, per KV head. segment_tokens: a fresh key
-    every so many tokens.
+    scheme: "plain" or a name of --scx-scheme. seal_tokens: rows of full blocks of that many tokens are shuffled, per
+    KV head. segment_tokens: a fresh key every so many tokens.
     """
 
-    name: str
+    scheme: str
     seal_tokens: int = 0
     segment_tokens: int = 0
+
+    @property
+    def label(self) -> str:
+        """For tables."""
+        seal = f" + seal {self.seal_tokens}" if self.seal_tokens else ""
+        return self.scheme + seal + (f" + segments {self.segment_tokens}" if self.segment_tokens else "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +52,10 @@ class View:
     def tokens(self) -> int:
         """n."""
         return self.k.shape[0]
+
+    def part(self, first: int, last: int) -> View:
+        """V1 of rows first..last - 1; `first` begins a block."""
+        return View(self.rules, self.layer, self.k[first:last], self.v[first:last])
 
     @property
     def blocks(self) -> list[tuple[int, int]]:
