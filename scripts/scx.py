@@ -1,40 +1,29 @@
-"""SCX, measured: `python -m scripts.scx leakage`; docs/scx.md.
+"""`python -m scripts.scx COMMAND`: what SCX promises, and what it does not, measured; docs/scx.md.
 
-Each subcommand is a module with add_arguments(parser) and run(args), imported when it is asked for. It knows nothing
-of them but their names.
+Each command is a module with main(arguments), imported when it is asked for. It knows nothing of them but their names.
 """
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import sys
 from collections.abc import Sequence
 
-from engine.core.errors import ConfigError
-
 COMMANDS = {
-    "leakage": ("scripts.scx_attacks.cli", "what attackers recover from encoded keys and values, scheme by scheme"),
+    "exactness": ("scripts.scx_exactness", "encoded attention against plain, over dtypes, schemes and schedules"),
+    "leakage": ("scripts.scx_attacks.cli", "what attackers recover from encoded keys and values, by scheme"),
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one subcommand; 2 and one line for what the user can fix."""
+    """Run the command named first; the rest of the line is its own. 2 when there is no such command."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    parser = argparse.ArgumentParser(prog="python -m scripts.scx", description=__doc__.splitlines()[0])
-    choices = parser.add_subparsers(dest="command", required=True, metavar="|".join(COMMANDS))
-    for name, (module, help_text) in COMMANDS.items():
-        command = choices.add_parser(name, help=help_text, description=help_text)
-        if name in arguments[:1]:
-            implementation = importlib.import_module(module)
-            implementation.add_arguments(command)
-            command.set_defaults(run=implementation.run)
-    options = parser.parse_args(arguments)
-    try:
-        return int(options.run(options) or 0)
-    except ConfigError as error:
-        print(f"{parser.prog} {options.command}: {type(error).__name__}: {error}", file=sys.stderr)
+    if not arguments or arguments[0] not in COMMANDS:
+        known = "\n".join(f"  {name:<10} {what}" for name, (_, what) in COMMANDS.items())
+        print(f"python -m scripts.scx COMMAND; --help behind it tells its flags\n{known}", file=sys.stderr)
         return 2
+    module = importlib.import_module(COMMANDS[arguments[0]][0])
+    return int(module.main(arguments[1:]))
 
 
 if __name__ == "__main__":

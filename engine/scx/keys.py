@@ -25,7 +25,7 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF, HKDFExpand
 
-from engine.core.errors import ConfigError
+from engine.core.errors import ConfigError, InvariantError
 
 VERSION = b"scx/v1"
 KEY_BYTES = 32
@@ -36,10 +36,17 @@ SHARED_HEAD = 0xFFFFFFFF  # the head of what all heads share
 class Secret:
     """Bytes that can be cleared and are never shown."""
 
-    __slots__ = ("data",)
+    __slots__ = ("_data",)
 
     def __init__(self, data: bytearray) -> None:
-        self.data = data
+        self._data = data
+
+    @property
+    def data(self) -> bytearray:
+        """The bytes themselves. Raises InvariantError once cleared: no key must never work like an empty key."""
+        if not self._data:
+            raise InvariantError("a secret is used after it was cleared")
+        return self._data
 
     def __repr__(self) -> str:
         return "<Secret>"
@@ -48,9 +55,9 @@ class Secret:
         raise TypeError("a Secret is not copied or sent")
 
     def clear(self) -> None:
-        """Overwrite with zeros; it cannot be used afterwards."""
-        self.data[:] = bytes(len(self.data))
-        del self.data[:]
+        """Overwrite with zeros; it cannot be used afterwards. Idempotent."""
+        self._data[:] = bytes(len(self._data))
+        del self._data[:]
 
 
 def fresh_root() -> Secret:

@@ -14,7 +14,7 @@ from engine.loading.spec import ModelSpec
 from engine.scx.attention import Scx
 from engine.scx.config import ScxConfig
 from engine.scx.environment import DEVICE, LAYERS
-from engine.scx.keys import fresh_root, read_root
+from engine.scx.keys import Secret, fresh_root, read_root
 from engine.scx.secure import HeadShape, LocalSecureSide
 from engine.scx.segments import SegmentBackend, SegmentedSide
 
@@ -35,11 +35,14 @@ def model_identity(spec: ModelSpec) -> bytes:
 
 
 def open_scx(
-    config: ScxConfig, spec: ModelSpec, rope: torch.Tensor, *, slots: int, max_tokens: int, compute: torch.device
-) -> Scx:
-    """An engine's secure side. rope: (P, 2, D/2) float32. Raises ConfigError for a key file it cannot use."""
+    config: ScxConfig, spec: ModelSpec, rope: torch.Tensor, *, slots: int, max_tokens: int, compute: torch.device,
+    root: Secret | None = None,
+) -> Scx:  # fmt: skip
+    """An engine's secure side. rope: (P, 2, D/2) float32. root: instead of the configured one, which is a key file's
+    or a fresh one. Raises ConfigError for a key file that cannot be used."""
     shape = HeadShape(spec.heads, spec.kv_heads, spec.head_dim, slots, max_tokens)
-    root = fresh_root() if config.key_file is None else read_root(config.key_file)
+    if root is None:
+        root = fresh_root() if config.key_file is None else read_root(config.key_file)
     _say(config, shape, compute)
     if config.segment_tokens:
         side = SegmentedSide(config, shape, rope, root, model_identity(spec), compute)

@@ -85,12 +85,10 @@ class KvSealer:
         return "<KvSealer>"
 
     def clear(self) -> None:
-        """Forget the key; sealing and opening are refused from then on. Idempotent."""
+        """Forget the key; sealing and opening raise InvariantError from then on. Idempotent."""
         self._secret.clear()
 
     def _cipher(self, salt: bytes) -> AESGCM:
-        if not self._secret.data:
-            raise SealError("the sealer was cleared; open the session again")
         key = bytearray(KEY_BYTES)
         HKDF(SHA256(), KEY_BYTES, salt, VERSION + b"seal").derive_into(self._secret.data, key)
         cipher = AESGCM(key)
@@ -100,7 +98,7 @@ class KvSealer:
     def seal(self, place: KvPlace, plain: bytes | bytearray | memoryview) -> bytes:
         """Encrypt and bind. plain: 0..MAX_PLAIN_BYTES bytes. Returns OVERHEAD_BYTES more than plain.
 
-        Raises ValueError for more bytes than one call takes, SealError after clear().
+        Raises ValueError for more bytes than one call takes.
         """
         if len(plain) > MAX_PLAIN_BYTES:
             raise ValueError(f"{len(plain)} bytes are more than {MAX_PLAIN_BYTES}; seal a smaller range")

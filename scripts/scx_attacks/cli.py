@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -43,8 +45,9 @@ def schemes(block_tokens: int) -> list[Rules]:
     ]  # fmt: skip
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags."""
+def main(argv: Sequence[str]) -> int:
+    """Measure, print, write. 1 when a gate does not hold, 2 and one line for what the user can fix."""
+    parser = argparse.ArgumentParser(prog="python -m scripts.scx leakage", description=__doc__.splitlines()[2])
     parser.add_argument("--model", default=None, help="folder, GGUF or hub id; default SmolLM2-135M-Instruct")
     parser.add_argument("--dtype", default="bfloat16", help="of the engine under attack")
     parser.add_argument("--tokens", type=int, default=224, help="tokens of each prompt; more than twice the head size")
@@ -52,10 +55,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, default=1, help="of torch")
     parser.add_argument("--json", type=Path, default=None, help="also write the record here")
     parser.add_argument("--picture", type=Path, default=None, help="also draw the heat map here (.svg or .png)")
+    try:
+        return _measure(parser.parse_args(argv))
+    except ConfigError as error:
+        print(f"{parser.prog}: {type(error).__name__}: {error}", file=sys.stderr)
+        return 2
 
 
-def run(args: argparse.Namespace) -> int:
-    """Measure, print, write. 1 when a gate does not hold."""
+def _measure(args: argparse.Namespace) -> int:
     began = perf_counter()
     torch.set_num_threads(args.threads)
     folder = resolve_model(args.model)

@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 
+from engine.core.errors import InvariantError
 from engine.scx.keys import Scope, Secret, SessionKeys
 from engine.scx.seal import OVERHEAD_BYTES, SALT_BYTES, KvPlace, KvSealer, SealError
 
@@ -92,7 +93,7 @@ def test_cleared() -> None:
     box.clear()
     box.clear()
     for act in (lambda: box.seal(PLACE, PLAIN), lambda: box.open(PLACE, sealed)):
-        with pytest.raises(SealError, match="cleared"):
+        with pytest.raises(InvariantError, match="cleared"):
             act()
     assert repr(box) == "<KvSealer>"
 

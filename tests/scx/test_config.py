@@ -1,0 +1,173 @@
+"""SCX's settings: strict, named, from flags or SCX-vLLM's environment variables, through the names its users know."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from engine.core.config import EngineConfig, make
+from engine.core.errors import ConfigError
+from engine.scx import get_scx_config, scx_env_init
+from engine.scx.config import scx_config
+from engine.scx.environment import check_unchanged, parse_layers, snapshot, with_environment
+from scripts.scx_exactness import spec_of
+
+VARIABLES = ("SCX_ENC_LAYERS", "SCX_SECURE_DEVICE", "SCX_ENABLE_DEBUG")
+SPEC = dataclasses.replace(spec_of(16), layers=30)
+
+
+@pytest.fixture(autouse=True)
+def clean(monkeypatch: pytest.MonkeyPatch) -> None:
+    """None of the variables is set, and what a test sets is undone."""
+    for name in VARIABLES:
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+
+
+def resolved(**settings: Any) -> Any:
+    """The checked configuration of a 30-layer Llama."""
+    return scx_config(with_environment(EngineConfig(**settings)), SPEC)
+
+
+@pytest.mark.parametrize("text", ["a", "-1", "30", "0,", ",0", "0,,1", "1.5", "0 1", "٣", "0x1", "all,0", "99999999999"])
+def test_bad_layers_name_the_value_and_the_range(text: str) -> None:
+    """From a flag and from the environment alike."""
+    with pytest.raises(ConfigError, match=r"0\.\.29") as caught:
+        resolved(scx_layers=text)
+    assert repr(text) in str(caught.value)
+    os.environ["SCX_ENC_LAYERS"] = text
+    with pytest.raises(ConfigError, match=r"0\.\.29"):
+        resolved()
+
+
+@pytest.mark.parametrize(
+    ("text", "layers"),
+    [("0", (0,)), ("0, 27", (0, 27)), ("27,0,27", (0, 27)), (" 3 ", (3,)), ("all", tuple(range(30))), ("ALL", tuple(range(30)))],
+)  # fmt: skip
+def test_good_layers(text: str, layers: tuple[int, ...]) -> None:
+    """Blanks, duplicates, any order, all."""
+    assert resolved(scx_layers=text).layers == layers
+
+
+def test_off_by_default_and_by_the_empty_text(caplog: pytest.LogCaptureFixture) -> None:
+    """Nothing set, and "" from either side; a flag's "" beats the variable."""
+    assert resolved() is None and resolved(scx_layers="") is None
+    os.environ["SCX_ENC_LAYERS"] = ""
+    assert resolved() is None
+    os.environ["SCX_ENC_LAYERS"] = "0,29"
+    assert resolved().layers == (0, 29)
+    assert resolved(scx_layers="") is None
+    assert resolved(scx_layers="1").layers == (1,)
+
+
+def test_bad_devices_are_named_with_those_there_are() -> None:
+    """At configuration, not in the middle of a model; the variable as well as the flag."""
+    for device in ("gpu7", "cuda:99", "mps", "cpu:1") + (() if torch.cuda.is_available() else ("cuda", "cuda:0")):
+        with pytest.raises(ConfigError, match=rf"'{device}'.*cpu"):
+            resolved(scx_layers="0", scx_secure_device=device)
+    os.environ["SCX_ENC_LAYERS"], os.environ["SCX_SECURE_DEVICE"] = "0", "gpu7"
+    with pytest.raises(ConfigError, match="gpu7"):
+        resolved()
+    assert resolved(scx_secure_device="cpu").secure_device == "cpu"
+
+
+def test_contradictions_are_refused() -> None:
+    """Settings without layers, blocks that cross keys, a key a segment where there is one for everybody."""
+    for alone in ({"scx_scheme": "mix"}, {"scx_page_seal": True}, {"scx_segment_tokens": 8}, {"scx_key_file": "x"},
+                  {"scx_secure_device": "cpu"}):  # fmt: skip
+        with pytest.raises(ConfigError, match="without layers"):
+            resolved(**alone)
+    for bad, said in (
+        ({"scx_seal_tokens": 8}, "needs --scx-page-seal"),
+        ({"scx_page_seal": True, "scx_segment_tokens": 24}, "24 is not a multiple of the 16"),
+        ({"scx_scheme": "perm-static", "scx_segment_tokens": 16}, "perm-static"),
+        ({"scx_scheme": "permute"}, "known: mix, perm, perm-static, rotate; did you mean 'perm'"),
+        ({"scx_page_seal": True, "scx_seal_tokens": 1}, "2..1024"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            resolved(scx_layers="0", **bad)
+    windowed = dataclasses.replace(SPEC, layer_windows=(0, 64) * 15)
+    for shuffled in ({"scx_page_seal": True}, {"scx_segment_tokens": 16}):
+        config = EngineConfig(scx_layers="0,3", **shuffled)
+        with pytest.raises(ConfigError, match="layer 3 has a sliding window of 64"):
+            scx_config(config, windowed)
+        assert scx_config(EngineConfig(scx_layers="0,2", **shuffled), windowed) is not None
+
+
+def test_an_architecture_without_encoded_attention_is_named() -> None:
+    """SCX is not ignored where it is not built."""
+    with pytest.raises(ConfigError, match=r"MixtralForCausalLM.*LlamaForCausalLM.*Qwen2ForCausalLM"):
+        scx_config(EngineConfig(scx_layers="0"), dataclasses.replace(SPEC, architecture="MixtralForCausalLM"))
+
+
+def test_flags_as_the_command_line_spells_them() -> None:
+    """Dashes, underscores, and every SCX flag at once."""
+    config = make(EngineConfig, {
+        "scx-layers": "0,29", "scx_secure_device": "cpu", "scx-scheme": "perm_static", "scx-page-seal": "true",
+        "scx-seal-tokens": "8", "scx-debug": "1", "scx-key-file": "/k",
+    })  # fmt: skip
+    made = scx_config(config, SPEC)
+    assert made is not None and made.scheme == "perm-static" and made.seal_tokens == 8 and made.debug
+    assert made.layers == (0, 29) and made.key_file == "/k" and made.page_seal
+
+
+def test_the_environment_as_scx_vllm_users_set_it() -> None:
+    """The seed's call, by position, by upstream's names and by those its README uses; the result is frozen."""
+    for arguments, keywords in (
+        (("0,27", "cpu", True), {}),
+        ((), {"SCX_ENC_LAYERS": "0,27", "SCX_ENABLE_DEBUG": True}),
+        ((), {"enc_layers": "0,27", "secure_device": "cpu", "enable_debug": True}),
+    ):
+        scx_env_init(*arguments, **keywords)  # type: ignore[arg-type]
+        assert [os.environ[name] for name in VARIABLES] == ["0,27", "cpu", "True"]
+        known = get_scx_config()
+        assert (known.enc_layers, known.secure_device, known.enable_debug) == ((0, 27), "cpu", True)
+        assert resolved().layers == (0, 27) and resolved().debug
+        scx_env_init()
+        assert [os.environ[name] for name in VARIABLES] == ["", "cpu", "False"]
+        assert get_scx_config().enc_layers == () and resolved() is None
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        get_scx_config().secure_device = "x"  # type: ignore[misc]
+    with pytest.raises(TypeError, match="layers"):
+        scx_env_init(layers="0")
+    for bad in ("maybe", "yes"):
+        os.environ["SCX_ENABLE_DEBUG"] = bad
+        with pytest.raises(ConfigError, match=f"'{bad}' is not true, false, 1 or 0"):
+            get_scx_config()
+    with pytest.raises(ConfigError, match="'a'"):
+        scx_env_init("a")
+    assert parse_layers("all", "x") is None
+
+
+def test_the_package_scx_is_ours(root: Path, tmp_path: Path) -> None:
+    """`from scx.keys import scx_env_init` from anywhere, as an installed user would; and no torch for it."""
+    code = (
+        "import sys\nfrom scx.keys import scx_env_init, get_scx_config\nimport engine.scx\n"
+        "assert scx_env_init is engine.scx.scx_env_init and get_scx_config is engine.scx.get_scx_config\n"
+        "scx_env_init('0,27')\nassert get_scx_config().enc_layers == (0, 27)\nassert 'torch' not in sys.modules\n"
+    )
+    (tmp_path / "scx").symlink_to(root / "engine/scx/compat")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(root)])}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True,
+                          timeout=60, check=False)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_change_after_the_engine_was_built_warns(caplog: pytest.LogCaptureFixture) -> None:
+    """Once for a change; the variable by name, not its value."""
+    seen = snapshot()
+    assert check_unchanged(seen) == seen and not caplog.records
+    scx_env_init("0,7")
+    with caplog.at_level(logging.WARNING):
+        later = check_unchanged(seen)
+    assert "SCX_ENC_LAYERS changed after the engine was built" in caplog.text
+    caplog.clear()
+    assert check_unchanged(later) == later and not caplog.records

@@ -1,0 +1,185 @@
+"""Keys are a function of their names alone, what is drawn from them is unbiased, and nothing shows or keeps them."""
+
+from __future__ import annotations
+
+import logging
+from itertools import permutations as all_orders
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine.core.errors import ConfigError, InvariantError
+from engine.scx.keys import Label, Scope, Secret, SessionKeys, permutations, read_root, shuffle, shuffle_slowly
+from engine.scx.matrices import CONDITION
+from engine.scx.schemes import Maps, schemes
+
+LAYERS, HEADS = (0, 5), 3
+
+
+def session(root: int = 1, nonce: bytes = b"n" * 16, scheme: str = "perm", **names: object) -> SessionKeys:
+    """A session's keys from a root of equal bytes."""
+    return SessionKeys(Secret(bytearray([root]) * 32), nonce, Scope(b"model", scheme), **names)  # type: ignore[arg-type]
+
+
+def maps(keys: SessionKeys, scheme: str, dim: int = 16) -> Maps:
+    """The maps of a scheme."""
+    return schemes[scheme]().maps(keys, LAYERS, HEADS, dim)
+
+
+def test_the_derivation_is_fixed() -> None:
+    """Known answers: a change of labels, order or encoding would lock everybody out of what they stored."""
+    keys = session()
+    assert keys.namespace == "c71fdacde53102e11caac310d3c6fa09"
+    assert keys.stream("qk", Label(3, 1)).words(2).tolist() == [1137254114, 4165662581]
+    assert permutations(keys, "v", [Label(0, 0)], 8)[0].tolist() == [3, 5, 4, 7, 0, 1, 6, 2]
+
+
+def test_every_name_matters() -> None:
+    """Root, nonce, tenant, epoch, model, scheme, purpose, layer, head and segment each give other words."""
+    label = Label(1, 2, 3)
+    streams = [
+        session().stream("qk", label), session(root=2).stream("qk", label),
+        session(nonce=b"m" * 16).stream("qk", label), session(tenant=b"t").stream("qk", label),
+        session(epoch=1).stream("qk", label), session(scheme="mix").stream("qk", label),
+        SessionKeys(Secret(bytearray([1]) * 32), b"n" * 16, Scope(b"other", "perm")).stream("qk", label),
+        session().stream("v", label), session().stream("row", label),
+        *(session().stream("qk", other) for other in (Label(2, 2, 3), Label(1, 1, 3), Label(1, 2, 4), Label(2, 1, 3))),
+    ]  # fmt: skip
+    assert len({tuple(stream.words(4).tolist()) for stream in streams}) == len(streams)
+    again = session().stream("qk", label)
+    assert np.array_equal(again.words(4), session().stream("qk", label).words(4))
+    assert len({session(n).namespace for n in range(5)}) == 5
+
+
+@settings(max_examples=50)
+@given(st.integers(2, 40), st.lists(st.integers(0, (1 << 32) - 1), min_size=80, max_size=80))
+def test_shuffling_many_rows_equals_shuffling_one(size: int, words: list[int]) -> None:
+    """The fast form and the plain one agree; where a word is biased the fast one says so and the plain one draws on."""
+
+    class Listed:
+        """A stream of the words given."""
+
+        def __init__(self) -> None:
+            self.left = words + list(range(200))
+
+        def words(self, count: int) -> np.ndarray:
+            """The next ones."""
+            taken, self.left = self.left[:count], self.left[count:]
+            return np.array(taken, dtype=np.uint32)
+
+    fast = shuffle(np.array([words[: size - 1]], dtype=np.uint32), size)[0]
+    slow = shuffle_slowly(Listed(), size)  # type: ignore[arg-type]
+    assert sorted(slow.tolist()) == list(range(size))
+    biased = any(word >= (1 << 32) - (1 << 32) % (size - i) for i, word in enumerate(words[: size - 1]))
+    assert (fast[0] == -1) == biased
+    assert biased or fast.tolist() == slow.tolist()
+
+
+def test_a_biased_word_is_drawn_again() -> None:
+    """2**32 - 1 would favour small values modulo 3: it must not count, and the next word must."""
+    assert shuffle(np.array([[0xFFFFFFFF, 0]], dtype=np.uint32), 3)[0, 0] == -1
+    assert shuffle(np.array([[0xFFFFFFFE, 0]], dtype=np.uint32), 3)[0, 0] != -1
+
+
+def test_permutations_are_uniform() -> None:
+    """Chi-square over the 24 orders of 4: 23 degrees of freedom, 99.9 % below 49.7. The words are fixed."""
+    labels = [Label(layer, head) for layer in range(50) for head in range(96)]
+    drawn = permutations(session(), "qk", labels, 4)
+    counts = [int((drawn == np.array(order)).all(axis=1).sum()) for order in all_orders(range(4))]
+    expected = len(labels) / 24
+    assert sum(counts) == len(labels)
+    assert sum((count - expected) ** 2 / expected for count in counts) < 49.7
+
+
+@pytest.mark.parametrize("scheme", ["perm", "perm-static"])
+@pytest.mark.parametrize("dim", [16, 96])
+def test_permutations_undo_each_other(scheme: str, dim: int) -> None:
+    """Queries and keys share an order, the output's is the inverse of the values'."""
+    made = maps(session(), scheme, dim)
+    assert all(table.shape == (2, HEADS, dim) and table.dtype is torch.int16 for table in made)
+    assert torch.equal(made.q, made.k)
+    assert torch.equal(made.v.gather(-1, made.out.long()), torch.arange(dim).expand_as(made.v).short())
+
+
+@pytest.mark.parametrize("scheme", ["rotate", "mix"])
+@pytest.mark.parametrize("dim", [16, 64, 24])  # powers of two are Hadamard rounds, others Householder's
+def test_matrices_undo_each_other(scheme: str, dim: int) -> None:
+    """M M^-1 = 1 for values and output, M^T Q = 1 for keys and queries; condition as promised; float32."""
+    made = maps(session(), scheme, dim)
+    assert all(table.shape == (2, HEADS, dim, dim) and table.dtype is torch.float32 for table in made)
+    identity = torch.eye(dim, dtype=torch.float64)
+    assert (made.v.double() @ made.out.double() - identity).abs().max() < 1e-6
+    assert (made.k.double() @ made.q.double().mT - identity).abs().max() < 1e-6
+    conditions = torch.linalg.cond(torch.cat([made.k, made.v]).double())
+    assert conditions.max() <= (1 if scheme == "rotate" else CONDITION) + 1e-4
+    assert scheme == "rotate" or conditions.min() > 2
+
+
+def test_haar_and_hadamard_rotations_are_spread_out() -> None:
+    """An entry's mean is 0 and its variance 1/D, whatever the row and column."""
+    for dim in (16, 12):
+        labels = [Label(layer, head) for layer in range(40) for head in range(10)]
+        from engine.scx.matrices import rotations
+
+        made = rotations(session(), "qk", labels, dim)
+        assert made.mean(0).abs().max() < 5 / (dim * len(labels)) ** 0.5
+        assert (made.pow(2).mean(0) * dim - 1).abs().max() < 0.5
+
+
+@pytest.mark.parametrize("scheme", ["perm", "rotate", "mix"])
+def test_maps_differ_between_requests_layers_heads_and_purposes(scheme: str) -> None:
+    """Nothing is shared; only perm-static shares, and it says so."""
+    first, second = maps(session(), scheme), maps(session(nonce=b"o" * 16), scheme)
+    tables = [table[layer, head] for made in (first, second) for table in (made.k, made.v)
+              for layer in range(2) for head in range(HEADS)]  # fmt: skip
+    assert len({table.numpy().tobytes() for table in tables}) == len(tables)
+    static = maps(session(scheme="perm-static"), "perm-static")
+    assert torch.equal(static.k, static.v) and torch.equal(static.k[0, 0], static.k[0, 1])
+    assert not torch.equal(static.k[0, 0], static.k[1, 0])
+
+
+def test_a_session_forgets() -> None:
+    """After clear() the key's bytes are gone and nothing can be derived any more."""
+    keys = session()
+    data = keys._secret.data
+    assert len(data) == 32 and any(data)
+    keys.clear()
+    assert not data
+    with pytest.raises(InvariantError, match="cleared"):
+        keys.stream("qk", Label(0, 0))
+
+
+def test_nothing_shows_a_key(caplog: pytest.LogCaptureFixture) -> None:
+    """Text forms, logs and copies of what holds keys."""
+    caplog.set_level(logging.DEBUG)
+    root = Secret(bytearray(b"\xab" * 32))
+    keys = SessionKeys(root, b"n" * 16, Scope(b"model", "perm"))
+    logging.getLogger("engine").debug("%s %r %s", root, keys, [root])
+    shown = caplog.text + str(root) + repr(keys) + str({"a": keys})
+    assert "ab" * 4 not in shown and "xab" not in shown and keys._secret.data.hex() not in shown
+    with pytest.raises(TypeError):
+        root.__reduce__()
+
+
+def test_a_root_file_is_strict(tmp_path: Path) -> None:
+    """Owner only, 64 hexadecimal digits, a file; the error never quotes it."""
+    path = tmp_path / "root"
+    path.write_text("ab" * 32 + "\n")
+    path.chmod(0o600)
+    assert read_root(str(path)).data == bytearray(b"\xab" * 32)
+    path.chmod(0o640)
+    with pytest.raises(ConfigError, match="mode 640.*chmod 600"):
+        read_root(str(path))
+    path.chmod(0o600)
+    for text in ("ab" * 31, "ab" * 33, "zz" * 32, "ab" * 32 + "x", " " + "ab" * 32, "+a" * 32, ""):
+        path.write_text(text)
+        with pytest.raises(ConfigError, match="64 hexadecimal digits") as caught:
+            read_root(str(path))
+        assert "abab" not in str(caught.value)
+    for absent in (tmp_path / "none", tmp_path):
+        with pytest.raises(ConfigError, match="--scx-key-file"):
+            read_root(str(absent))
