@@ -5,7 +5,8 @@ they lie: swap, offload, disk, another machine. It knows bytes and places, neith
 
     kv key  = 32 bytes of the session's stream of purpose "seal" (HKDF-Expand of the session key)
     key     = HKDF-SHA256(ikm = kv key, salt = 32 random bytes, info = "scx/v1" | "seal")
-    sealed  = version | salt | AES-256-GCM(key, nonce 0, plain, associated = version | model | layer | side | range | epoch)
+    sealed  = version | salt | AES-256-GCM(key, nonce 0, plain, associated)
+    associated = version | model | layer | range | epoch | side
 
 Every seal has a key of its own, so one nonce is enough and no counter has to survive a crash, a fork of the session or
 a second worker: a (key, nonce) pair comes twice only if 32 random bytes do. A nonce derived from the place would repeat

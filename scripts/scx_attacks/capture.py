@@ -91,7 +91,8 @@ class Device:
     def _observe(self, view: str, layer: int, tensors: dict[str, torch.Tensor]) -> None:
         assert self._request is not None and self._batch is not None
         for what, tensor in tensors.items():
-            if what == "q" and self._encoded(layer) and self.rules.segment_tokens:  # a row a segment it looks at; its own comes first in each
+            if what == "q" and self._encoded(layer) and self.rules.segment_tokens:
+                # a query has a row for each segment that it looks at; here the one of its own segment
                 parts = parts_of(self._batch, self.rules.segment_tokens)
                 own = [range(part.first, part.first + max(0, part.end - part.position)) for part in parts]
                 tensor = tensor[torch.tensor([row for rows in own for row in rows])]
@@ -122,7 +123,8 @@ class Device:
 
     def slabs(self, request: Request, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V of a layer, the slab's own memory: (fed, G, D) each."""
-        return tuple(side[request.slot, : request.fed] for side in self.runner.store.layer_views(layer))  # type: ignore[return-value]
+        k, v = self.runner.store.layer_views(layer)
+        return k[request.slot, : request.fed], v[request.slot, : request.fed]
 
     def view(self, request: Request, layer: int) -> View:
         """What an attacker gets of one layer."""

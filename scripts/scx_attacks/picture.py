@@ -17,8 +17,9 @@ from scripts.scx_attacks.table import Row
 ATTACKS = {  # column -> heading
     "A1 V": "A1 nearest\nvalue", "A1 K": "A1 nearest\nkey", "A2": "A2\nsorted", "A3": "A3 sorted\nmagnitudes",
     "A4": "A4\nlengths", "A5 D/4": "A5 known\nD/4", "A5 2D": "A5 known\n2D", "A6": "A6\ncollision",
-    "A7": "A7 online\nscores", "A8 recall": "A8 equal\ntokens", "A9 raw": "A9 link\nraw", "A9 sorted": "A9 link\nsorted",
-    "A9 norms": "A9 link\nlengths", "A9 gram": "A9 link\nGram", "A9 projection": "A9 link\nprojection",
+    "A7": "A7 online\nscores", "A8 recall": "A8 equal\ntokens", "A9 raw": "A9 link\nraw",
+    "A9 sorted": "A9 link\nsorted", "A9 norms": "A9 link\nlengths", "A9 gram": "A9 link\nGram",
+    "A9 projection": "A9 link\nprojection",
 }  # fmt: skip
 
 

@@ -11,7 +11,7 @@ import torch
 from scripts.scx_attacks.public import PublicModel, rotate
 from scripts.scx_attacks.view import Guess, View, square_distance
 
-SHORTLIST = 32
+CANDIDATES = 32
 FAR = 1e9
 
 
@@ -44,7 +44,7 @@ def pairwise_scores(model: PublicModel, view: View) -> Guess:
     span = view.rules.segment_tokens or view.tokens
     distance = first.distance + FAR
     for at in range(view.tokens):
-        short = first.distance[at].topk(min(SHORTLIST, model.vocab), largest=False).indices  # (m,)
+        short = first.distance[at].topk(min(CANDIDATES, model.vocab), largest=False).indices  # (m,)
         total, start = first.distance[at, short], at // span * span
         if at > start:
             q = rotate(rows.q[short], model.rope[at : at + 1]).transpose(0, 1)  # (H, m, D)
