@@ -40,11 +40,10 @@ def equal_pairs(view: View, tokens: torch.Tensor) -> tuple[float, float]:
         together = flagged.all(0)
         hits, said = int((together & true).sum()), int(together.sum())
         return (hits / said if said else 1.0), hits / max(1, int(true.sum()))
-    said_each, wanted = flagged.sum((1, 2)).double(), float(true.sum())
-    hits_each = said_each.clamp_max(wanted)
-    return float((hits_each / said_each.clamp_min(1)).mean()) if said_each.any() else 1.0, float(
-        hits_each.mean() / max(1.0, wanted)
-    )
+    counts, wanted = flagged.sum((1, 2)).double(), float(true.sum())
+    hit = counts.clamp_max(wanted)
+    precision = float((hit / counts.clamp_min(1)).mean()) if counts.any() else 1.0
+    return precision, float(hit.mean()) / max(1.0, wanted)
 
 
 def reuse_share(one: View, other: View) -> float:
