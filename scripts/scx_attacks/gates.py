@@ -22,10 +22,10 @@ LINKABLE = {"perm": ("sorted", "norms", "gram"), "rotate": ("norms", "gram"), "m
 
 
 def near_chance(chance: float, samples: int) -> float:
-    """The largest rate that passes for chance: five times as much (or 0.05 more, where that is less), and three
-    standard deviations of a sample."""
-    allowed = min(CHANCE_FACTOR * chance, chance + 0.05)
-    return allowed + 3 * math.sqrt(allowed / samples)
+    """The largest rate that passes for chance: five times as much (or 0.05 more, where that is less), three standard
+    deviations of a sample and one hit."""
+    hits = min(CHANCE_FACTOR * chance, chance + 0.05) * samples
+    return (hits + 3 * math.sqrt(hits) + 1) / samples
 
 
 def problems(rows: Iterable[Row]) -> list[str]:
