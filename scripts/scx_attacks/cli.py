@@ -29,7 +29,7 @@ from scripts.scx_attacks.table import Probe, Row, Table
 from scripts.scx_attacks.text import PASSAGES
 from scripts.scx_attacks.view import Rules
 
-COLUMNS = ("A1 V", "A1 K", "A2", "A3", "A4", "A5 0", "A5 D/4", "A5 D", "A5 2D", "A6", "A7 self", "A7")
+COLUMNS = ("A1 V", "A1 K", "A2", "A3", "A4", "A5 0", "A5 D/4", "A5 D", "A5 2D", "A5 half", "A6", "A7 self", "A7")
 RATES = ("A8 recall", "A8 reuse", "A9 raw", "A9 sorted", "A9 norms", "A9 gram", "A9 projection")
 CHUNK_TOKENS = 100
 COLLISION_TOKENS = 24  # positions of A6
@@ -129,12 +129,19 @@ def first_layers(folder: Path, layers: int, into: Path) -> Path:
 
 
 def as_table(rows: list[Row]) -> str:
-    """Per cent recovered (A1-A7) or matched (A8, A9), as a Markdown table; "." = the attack does not apply."""
-    lines = ["| scheme | " + " | ".join((*COLUMNS, *RATES)) + " |", "|---" * (1 + len(COLUMNS) + len(RATES)) + "|"]
-    for row in rows:
-        cells = [f"{100 * row.recovery[name].top1:.1f}" if name in row.recovery else "." for name in COLUMNS]
-        cells += [f"{100 * row.rates[name][0]:.1f}" for name in RATES]
-        lines.append(f"| {row.rules.label} | " + " | ".join(cells) + " |")
+    """Two Markdown tables: per cent of tokens recovered (A1-A7), per cent of rows or pairs matched (A8, A9); empty =
+    the attack does not apply."""
+    recovered = {row.rules.label: {name: one.top1 for name, one in row.recovery.items()} for row in rows}
+    matched = {row.rules.label: {name: value for name, (value, _) in row.rates.items()} for row in rows}
+    return "\n\n".join(_markdown(columns, cells) for columns, cells in ((COLUMNS, recovered), (RATES, matched)))
+
+
+def _markdown(columns: Sequence[str], cells: dict[str, dict[str, float]]) -> str:
+    """Scheme -> column -> share, as a table in per cent."""
+    lines = ["| scheme | " + " | ".join(columns) + " |", "|---" * (1 + len(columns)) + "|"]
+    for scheme, row in cells.items():
+        shares = (f"{100 * row[name]:.1f}" if name in row else "" for name in columns)
+        lines.append(f"| {scheme} | " + " | ".join(shares) + " |")
     return "\n".join(lines)
 
 

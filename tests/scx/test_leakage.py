@@ -121,13 +121,13 @@ def test_chance_over_many_keys(model: PublicModel, scheme: str) -> None:
     most five times what guessing finds, and so do sorted coordinates of rotated and mixed rows at length 1."""
     known, everyone = model.first_rows(), torch.arange(VOCAB)
     hits = {"A1": [], "A2": [], "A3": []}  # type: ignore[var-annotated]
-    for number in range(12):
+    for number in range(8):
         keys = SessionKeys(Secret(bytearray(range(32))), number.to_bytes(16, "big"), Scope(b"tiny", scheme))
         maps = schemes[scheme]().maps(keys, [0], 2, HEAD_DIM)
         v = map_heads(known.v, maps.v, torch.zeros(VOCAB, dtype=torch.int32))
         view = View(Rules(scheme), 0, v, v)
         hits["A1"].append(places(rows.nearest_value(model, view), everyone) < 1)
-        if scheme != "perm" and number < 2:
+        if scheme != "perm" and number == 0:
             hits["A2"].append(places(rows.sorted_values(model, view, shape_only=True), everyone) < 1)
             hits["A3"].append(places(rows.sorted_magnitudes(model, view, shape_only=True), everyone) < 1)
     for name, each in hits.items():
