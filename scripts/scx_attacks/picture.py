@@ -16,8 +16,8 @@ from scripts.scx_attacks.table import Row
 
 ATTACKS = {  # column -> heading
     "A1 V": "A1 nearest\nvalue", "A1 K": "A1 nearest\nkey", "A2": "A2\nsorted", "A3": "A3 sorted\nmagnitudes",
-    "A4": "A4\nlengths", "A5 D/4": "A5 known\nD/4", "A5 2D": "A5 known\n2D", "A6": "A6\ncollision",
-    "A7": "A7 online\nscores", "A8 recall": "A8 equal\ntokens", "A9 raw": "A9 link\nraw",
+    "A4": "A4\nlengths", "A5 D/4": "A5 known\nD/4", "A5 2D": "A5 known\n2D", "A5 half": "A5 half of\nsegment",
+    "A6": "A6\ncollision", "A7": "A7 online\nscores", "A8 recall": "A8 equal\ntokens", "A9 raw": "A9 link\nraw",
     "A9 sorted": "A9 link\nsorted", "A9 norms": "A9 link\nlengths", "A9 gram": "A9 link\nGram",
     "A9 projection": "A9 link\nprojection",
 }  # fmt: skip
@@ -43,6 +43,7 @@ def draw(rows: list[Row], path: Path, title: str) -> None:
     axes.set_xlabel(f"per cent of tokens recovered (A1-A7) or rows matched (A8, A9): {title}", fontsize=8.5)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
+    plt.rcParams["svg.fonttype"] = "none"
     plt.rcParams["svg.hashsalt"] = "scx"  # the same bytes for the same figures
     figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
     plt.close(figure)
