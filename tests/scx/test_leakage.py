@@ -16,13 +16,15 @@ import torch
 
 from engine.scx.keys import Scope, Secret, SessionKeys
 from engine.scx.schemes import schemes
+from engine.tokenization import load_tokenizer
 from scripts.scx_attacks import collision, gates, known, link, rows, scores
 from scripts.scx_attacks.capture import PLAIN, Device, Engine
 from scripts.scx_attacks.public import PublicModel
 from scripts.scx_attacks.table import Probe, Row, Table
+from scripts.scx_attacks.text import PASSAGES
 from scripts.scx_attacks.view import Guess, Rules, View, places
 from tessera_kernels.head_maps import map_heads
-from tests.models import tiny_llama_dir
+from tests.models import smollm2_dir, tiny_llama_dir
 
 VOCAB, HEAD_DIM, DEEP = 2048, 32, 2
 PROMPTS, TOKENS, CHUNK = 3, 256, 100
@@ -158,29 +160,39 @@ def test_key_reuse_raises_the_alarm(folder: Path, key_file: Path, prompts: list[
     assert not link.reuse_alarm(views[0], views[2])
 
 
+def stolen(device: Device, prompt: torch.Tensor, cached: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """The rest of a prompt computed by the owner of the cache and by a thief, who put a copy of it under a session of
+    their own. Returns layer 0's decoded attention and the logits, of the owner and of the thief."""
+    owner, thief = (device.open(len(prompt), nonce) for nonce in (b"the owner's 1234", b"the thief's 1234"))
+    for request in (owner, thief):
+        device.feed(request, prompt[:cached], CHUNK)
+    for layer in range(device.spec.layers):
+        for mine, theirs in zip(device.slabs(thief, layer), device.slabs(owner, layer), strict=True):
+            mine.copy_(theirs)
+    logits = [device.feed(request, prompt[cached:], CHUNK) for request in (owner, thief)]
+    return [request.all(0, "decoded")[cached:] for request in (owner, thief)], logits
+
+
 @pytest.mark.parametrize("scheme", ["perm", "rotate", "mix"])
 def test_stolen_slabs_are_garbage_under_another_key(
     folder: Path, key_file: Path, prompts: list[torch.Tensor], scheme: str
 ) -> None:
-    """A cache put under a session that is not its own: attention comes out wrong by more than half, and the next
-    tokens' loss is that of a model that does not know the prompt."""
-    prompt = prompts[0]
-    outputs, losses = [], []
+    """Under a wrong key attention comes out wrong by more than half, and other tokens follow."""
     with Device(folder, Rules(scheme), dtype="float32", max_tokens=TOKENS, key_file=key_file) as device:
-        owner, thief = (device.open(TOKENS, nonce) for nonce in (b"the owner's 1234", b"the thief's 1234"))
-        for request in (owner, thief):
-            device.feed(request, prompt[:200], CHUNK)
-        for layer in range(4):
-            for mine, stolen in zip(device.slabs(thief, layer), device.slabs(owner, layer), strict=True):
-                mine.copy_(stolen)
-        for request in (owner, thief):
-            logits = device.feed(request, prompt[200:], TOKENS)
-            outputs.append(request.all(0, "decoded")[200:])
-            losses.append(logits)
-    right, wrong = outputs
+        (right, wrong), logits = stolen(device, prompts[0], 200)
     assert (wrong - right).norm() / right.norm() > 0.5
-    agree = (losses[0].argmax(-1) == losses[1].argmax(-1)).float().mean()
-    assert agree < 0.2
+    assert (logits[0].argmax(-1) == logits[1].argmax(-1)).float().mean() < 0.2
+
+
+@pytest.mark.slow
+def test_perplexity_of_a_real_model_explodes_under_another_key(key_file: Path) -> None:
+    """SmolLM2 on English: with the right key it goes on reading, with a wrong one it reads noise."""
+    real = smollm2_dir()
+    prompt = torch.tensor(load_tokenizer(real).encode(PASSAGES[0]))[:160]
+    with Device(real, Rules("perm"), dtype="bfloat16", max_tokens=len(prompt), key_file=key_file) as device:
+        _, logits = stolen(device, prompt, 96)
+    right, wrong = (torch.nn.functional.cross_entropy(one[:-1], prompt[97:]).exp() for one in logits)
+    assert wrong > 20 * right, (right, wrong)  # measured: 51 and 4,546
 
 
 def test_layers_left_out_and_the_compute_device_are_plain(
