@@ -23,9 +23,9 @@ log = logging.getLogger(__name__)
 # Spec 4.3 in short; the whole statement stands in docs/scx.md.
 THREATS = (
     "SCX obfuscates the KV cache of layers %s: a copy of that cache alone, without the session's key, cannot be used "
-    "or read directly. It is not encryption. Known prefixes, queries, scores, hidden states or logits seen on the compute "
-    "device undo every scheme; other layers' caches are plaintext and enough to recover a prompt. It protects neither "
-    "integrity nor lengths, timing or sampled tokens. docs/scx.md has the whole statement"
+    "or read directly. It is not encryption. Known prefixes, queries, scores, hidden states or logits seen on the "
+    "compute device undo every scheme; other layers' caches are plaintext and enough to recover a prompt. It protects "
+    "neither integrity nor lengths, timing or sampled tokens. docs/scx.md has the whole statement"
 )
 
 
@@ -53,8 +53,8 @@ def open_scx(
 def _say(config: ScxConfig, shape: HeadShape, compute: torch.device) -> None:
     layers = ",".join(map(str, config.layers))
     log.warning(THREATS, layers)
-    same = " and the compute device" if torch.device(config.secure_device).type == compute.type else ""
-    log.warning("SCX: the secure device %s%s share this process: no isolation", config.secure_device, same)
+    same = ", and is the compute device" if torch.device(config.secure_device).type == compute.type else ""
+    log.warning("SCX: the secure device %s is in this process%s: no isolation", config.secure_device, same)
     if config.scheme == "perm-static":
         log.warning("SCX scheme perm-static has one map for all requests and heads: for comparison only; use perm")
     if config.segment_tokens:

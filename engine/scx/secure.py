@@ -21,7 +21,7 @@ from engine.scx.config import ScxConfig
 from engine.scx.errors import LayerNotEncoded, OutOfOrder, ShapeMismatch, UnknownSession
 from engine.scx.keys import Label, Scope, Secret, SessionKeys, permutations
 from engine.scx.schemes import Maps, schemes
-from tessera_kernels.head_maps import Rows, decode, encode_reference, encode_store
+from tessera_kernels.head_maps import Rows, decode, encode, encode_store
 
 
 class Encoded(NamedTuple):
@@ -179,8 +179,9 @@ class LocalSecureSide(SecureSide):
             raise UnknownSession(f"slot {slot} has an open session; close it first")
         salt = b"static" if self.scheme.shared else nonce
         keys = SessionKeys(self._root, salt, self._scope, tenant=tenant, epoch=0 if self.scheme.shared else epoch)
-        self._sessions[slot] = Session(keys)
-        self._fill(slot, self._sessions[slot])
+        session = Session(keys)
+        self._fill(slot, session)
+        self._sessions[slot] = session
         self._next[:, slot] = 0
         return keys.namespace
 
@@ -261,11 +262,12 @@ class LocalSecureSide(SecureSide):
     def encode(self, layer: int, qkv: torch.Tensor, batch: Batch) -> Encoded:
         """See SecureSide."""
         place, step = self._claim(layer, qkv, batch)
-        maps, heads, groups = self._tables[place], self.shape.heads, self.shape.kv_heads
-        rows = encode_reference(qkv.to(self.device), self._rope, step.rows, maps.q, maps.k, maps.v, heads)
-        self._count(qkv, rows)
-        q, k, v = rows.to(self.compute).split([heads, groups, groups], dim=1)
-        return Encoded(q.contiguous(), k, v)
+        maps, received = self._tables[place], qkv.to(self.device)
+        buffer = torch.empty(qkv.numel(), dtype=qkv.dtype, device=self.device)
+        done = encode(received, self._rope, step.rows, (maps.q, maps.k, maps.v), self.shape.heads, buffer)
+        self._count(qkv, buffer)
+        crossed = buffer.to(self.compute).split([part.numel() for part in done])  # one transfer for all three
+        return Encoded(*(part.view(like.shape) for part, like in zip(crossed, done, strict=True)))
 
     def encode_store(
         self, layer: int, qkv: torch.Tensor, batch: Batch, k: torch.Tensor, v: torch.Tensor
