@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 COMMANDS = {
     "exactness": ("scripts.scx_exactness", "encoded attention against plain, over dtypes, schemes and schedules"),
+    "leakage": ("scripts.scx_attacks.cli", "what attackers recover from encoded keys and values, by scheme"),
     "overhead": ("scripts.scx_overhead", "milliseconds a step with and without encoded layers, in turns"),
 }
 
