@@ -29,7 +29,7 @@ from engine.patching.corpus import read_documents
 from engine.patching.reduction import LENGTHS, STATISTICS_OUT
 from engine.patching.report import statistics as rho_statistics
 from engine.serve.text_worker import count_both
-from scripts.bench_step import machine
+from scripts.benching.environment import environment
 
 DOMAIN = "first_run"
 STOP_EVERY = 61  # every so manieth id ends an output, so that lengths spread
@@ -118,7 +118,7 @@ def main(arguments: list[str] | None = None) -> int:
               f"{row['characters_per_cpu_s']:18.0f}{row['cpu_s']:8.1f}{row['wall_s']:8.1f}")
     settings = {name: str(value) for name, value in vars(options).items() if name not in ("out", "model", "text")}
     result = {"benchmark": "rho on a model", "settings": settings, "rho_out": figures, "same_tokens": same,
-              "arms": arms, **machine()}  # fmt: skip
+              "arms": arms, "environment": environment("bench_rho_model", sys.argv[1:])}  # fmt: skip
     if options.out is not None:
         options.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(result))

@@ -17,11 +17,10 @@ from typing import Any
 
 import torch
 
-from engine.core.clock import wall_s
 from engine.core.errors import ConfigError
 from engine.loading.resolve import resolve_model
 from engine.tokenization import load_tokenizer
-from scripts.bench import machine
+from scripts.benching.environment import environment
 from scripts.scx_attacks import gates
 from scripts.scx_attacks.capture import PLAIN, Engine
 from scripts.scx_attacks.public import PublicModel
@@ -87,7 +86,7 @@ def _measure(args: argparse.Namespace) -> int:
     name = args.model or "SmolLM2-135M-Instruct"
     record = {"model": name, "dtype": args.dtype, "tokens": args.tokens, "prompts": len(probe.prompts),
               "deep_layer": probe.deep, "pool": args.pool, "vocab": model.vocab, "head_dim": model.spec.head_dim,
-              "machine": machine(), "unix_s": int(wall_s()), "seconds": perf_counter() - began,
+              "environment": environment("scx", sys.argv[1:]), "seconds": perf_counter() - began,
               "cpu_seconds": process_time(),
               "gates": broken, "rows": [row.as_json() for row in rows]}  # fmt: skip
     if args.json:
