@@ -20,7 +20,7 @@ from engine.core.config import DEFAULT_CPU_POOL_BYTES, EngineConfig, resolve_aut
 from engine.core.errors import ConfigError
 from engine.core.ledger import ADMISSION_RULES, KvLedger
 from engine.core.loop import EngineLoop
-from engine.core.policies import ChunkSchedule, make_policy
+from engine.core.policies import DEFAULT_CHUNK_TOKENS, ChunkSchedule, make_policy
 from engine.core.request import SamplingParams
 from engine.core.scheduler import Scheduler
 from engine.exec.local import LocalExecutor
@@ -189,13 +189,22 @@ def build_runner(
     return Runner(model, store, Sampler(spec.vocab, kernel_set.argmax), device, sessions)
 
 
+def step_tokens(config: EngineConfig, geometry: KvGeometry) -> int:
+    """Rows of the largest step that any policy makes: whole prompts, or a budget, and a token for every slot."""
+    if config.scheduler in ("orca", "faster_transformer"):
+        return geometry.slots * geometry.max_tokens
+    budgets = (geometry.max_tokens, config.chunk_tokens or DEFAULT_CHUNK_TOKENS, config.high_chunk_tokens or 0)
+    return max(budgets) + geometry.slots
+
+
 def scx_of(spec: ModelSpec, config: EngineConfig, geometry: KvGeometry, device: torch.device) -> Scx | None:
     """What the encoded layers share; None when there are none."""
     asked = scx_config(config, spec)
     if asked is None:
         return None
     rope = rope_table(spec.rope, spec.head_dim, geometry.max_tokens, spec.max_positions)
-    return open_scx(asked, spec, rope, slots=geometry.slots, max_tokens=geometry.max_tokens, compute=device)
+    return open_scx(asked, spec, rope, slots=geometry.slots, max_tokens=geometry.max_tokens, compute=device,
+                    dtype=getattr(torch, config.dtype), step_tokens=step_tokens(config, geometry))  # fmt: skip
 
 
 def set_threads(threads: int, kernel_name: str) -> None:
