@@ -98,7 +98,7 @@ class Link:
                     beats, beat_s = seen, now_s
                 patience_s = self._first_answer_s if self.region is None else STALL_S
                 if now_s - beat_s > patience_s or now_s - begin_s > STUCK_S:
-                    raise WorkerLost(f"the secure worker was silent for {now_s - beat_s:.0f} s") from None
+                    raise WorkerLost(f"the secure worker was silent for {now_s - begin_s:.0f} s") from None
             except (OSError, ValueError, msgspec.DecodeError) as error:
                 raise WorkerLost(f"the secure worker is gone ({type(error).__name__})") from None
 
@@ -117,7 +117,12 @@ class OwnWorker:
     @property
     def alive(self) -> bool:
         """Whether its process runs."""
-        return self._process is not None and self._process.poll() is None
+        return self._process is not None and self.status is None
+
+    @property
+    def status(self) -> int | None:
+        """What it ended with; None while it runs."""
+        return None if self._process is None else self._process.poll()
 
     @property
     def pid(self) -> int:

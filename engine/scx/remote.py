@@ -80,7 +80,9 @@ class RemoteSecureSide(SecureSide):
                 self._connect(patience_s)
                 return
             except WorkerLost:
-                if self._clock.now_s() > end_s or (self._own is not None and not self._own.alive):
+                if self._own is not None and not self._own.alive:
+                    raise WorkerLost(f"the secure worker ended with status {self._own.status}; see its log") from None
+                if self._clock.now_s() > end_s:
                     raise
                 pause.wait(0.05)
 
