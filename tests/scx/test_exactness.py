@@ -1,0 +1,236 @@
+"""Encoded layers change where numbers are, not what comes out; the whole matrix is `python -m scripts.scx exactness`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from engine.attention.base import backends
+from engine.parts.cpu_kernels import CpuKernels
+from engine.parts.layer import Attention, PreNormLayer
+from engine.runner.batch import Row, pack
+from engine.scx.attention import Scx, ScxAttention, shuffle_blocks
+from engine.scx.secure import SealOrder
+from scripts import scx_exactness
+from scripts.scx_exactness import Case, Verdict, run_case
+from tests import models
+from tests.engine import oracle
+
+OUTPUTS = 16
+
+# Every dtype, scheme, schedule, layout, backend and extra at least once with each scheme.
+LAYER_CASES = [
+    Case(dtype, scheme, scx_exactness.SCHEDULES[(i + 3 * j) % 6], scx_exactness.LAYOUTS[(i + j) % 2], backend, extra)
+    for i, (scheme, extra) in enumerate(
+        (scheme, extra) for extra in scx_exactness.EXTRAS for scheme in scx_exactness.SCHEMES
+        if not ("segments" in extra and scheme == "perm-static")
+    )
+    for j, (dtype, backend) in enumerate(
+        (("float32", "cpu_vattn"), ("bfloat16", "cpu_vattn"), ("bfloat16", "torch_vattn"), ("float32", "torch_vattn"))
+    )
+]  # fmt: skip
+
+
+def case_id(case: Case) -> str:
+    """A name without blanks."""
+    return str(case).replace(", ", "-").replace(" ", "_")
+
+
+@pytest.mark.parametrize("case", LAYER_CASES, ids=case_id)
+def test_an_encoded_layer_equals_the_plain_one(case: Case) -> None:
+    """Within the tolerances of the matrix, and no cached row is its plaintext."""
+    if backends[case.backend].missing() is not None:
+        pytest.skip(f"{case.backend} cannot run here")
+    found: Verdict = run_case(case)
+    assert found.passed, found
+
+
+@pytest.mark.parametrize("scheme", ["perm", "rotate", "mix"])
+def test_a_wrong_key_gives_garbage(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decoded, or looked up, with another session's maps the output is off by more than half; with its own it is not.
+    So the test above would notice a map that is not undone."""
+    from engine.scx.secure import LocalSecureSide
+
+    case = Case("float32", scheme, "chunks of 7", "mega", "torch_vattn")
+    fill = LocalSecureSide._fill
+    for wrong in ("out", "q"):
+
+        def mixed_up(self: LocalSecureSide, slot: int, session: Any, wrong: str = wrong) -> None:
+            fill(self, slot, session)
+            for table in self._tables:
+                getattr(table, wrong)[slot] = getattr(table, wrong)[slot].roll(1, 0)  # another head's
+
+        with monkeypatch.context() as patch:
+            patch.setattr(LocalSecureSide, "_fill", mixed_up)
+            assert run_case(case).distance > 0.5
+    assert run_case(case).passed
+
+
+def test_shuffled_blocks_keep_their_rows() -> None:
+    """Each KV head's rows change places alike in K and V, within their block and slot; all others stay."""
+    k, v = torch.arange(2 * 12 * 2.0).view(2, 12, 2, 1), -torch.arange(2 * 12 * 2.0).view(2, 12, 2, 1)
+    before = k.clone()
+    order = torch.tensor([[[2, 0, 3, 1], [1, 3, 0, 2]]])
+    shuffle_blocks(k, v, SealOrder(torch.tensor([1]), torch.tensor([4]), order))
+    assert torch.equal(k, -v) and torch.equal(k[0], before[0])
+    assert torch.equal(k[1, :4], before[1, :4]) and torch.equal(k[1, 8:], before[1, 8:])
+    for head in range(2):
+        assert torch.equal(k[1, 4:8, head], before[1, 4:8, head][order[0, head]])
+
+
+# ---------------------------------------------------------------- whole engines
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
+    """A Llama and a Qwen2 of three layers, float32."""
+    folder = tmp_path_factory.mktemp("tiny")
+    yield {
+        "llama": models.tiny_llama_dir(folder, 21, num_hidden_layers=3),
+        "qwen2": models.tiny_qwen2_dir(folder, 22, num_hidden_layers=3),
+    }
+
+
+ENGINES: dict[str, dict[str, Any]] = {
+    "perm": {"scx_scheme": "perm", "scx_layers": "0,2"},
+    "rotate-all": {"scx_scheme": "rotate", "scx_layers": "all", "chunk_tokens": 7},
+    "mix-sealed": {"scx_scheme": "mix", "scx_layers": "all", "scx_page_seal": True, "chunk_tokens": 64},
+    "static": {"scx_scheme": "perm-static", "scx_layers": "1", "kv_layout": "per_layer"},
+    "torch": {"scx_scheme": "mix", "scx_layers": "0,2", "kernels": "torch", "attention_backend": "torch_vattn"},
+    "segments": {"scx_scheme": "mix", "scx_layers": "0,2", "scx_segment_tokens": 16, "scx_page_seal": True,
+                 "chunk_tokens": 32},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_greedy_tokens_equal_the_plain_models(family: str, tiny: dict[str, Path]) -> None:
+    """float32: token for token over hybrid batches, preemptions and both layouts; and the encoded layers did run."""
+    many = oracle.prompts(12, models.TINY_VOCAB, 3, 1, 60)
+    plain = oracle.make_engine(tiny[family])
+    wanted = oracle.run_greedy(plain, many, OUTPUTS)
+    plain.close()
+    for name, settings in ENGINES.items():
+        engine = oracle.make_engine(tiny[family], **settings)
+        assert oracle.run_greedy(engine, many, OUTPUTS) == wanted, name
+        assert engine.executor.runner.scx.scx.secure.traffic.calls > 0
+        engine.close()
+
+
+def test_preempted_requests_resume_under_another_key(tiny: dict[str, Path]) -> None:
+    """A pool too small for all: sessions are closed and opened again, and the tokens stay."""
+    many = oracle.prompts(8, models.TINY_VOCAB, 5, 40, 80)
+    plain = oracle.make_engine(tiny["llama"])
+    wanted = oracle.run_greedy(plain, many, OUTPUTS)
+    plain.close()
+    settings = {"kv_page_bytes": 4096, "kv_pool_bytes": None, "max_model_len": 128, "kv_pool_groups": 46}
+    for extra in ({}, {"scx_page_seal": True, "scx_scheme": "mix"}):
+        engine = oracle.make_engine(tiny["llama"], scx_layers="0,2", **settings, **extra)
+        assert oracle.run_greedy(engine, many, OUTPUTS) == wanted
+        assert engine.stats()["preempted_total"] > 0, "nothing was preempted; the test proves nothing"
+        sessions = engine.executor.runner.scx
+        assert not sessions.namespaces and not sessions.scx.secure._sessions, "sessions outlive their requests"
+        engine.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [
+    {"scx_layers": "0,29"}, {"scx_layers": "0,29", "scx_scheme": "mix", "scx_page_seal": True},
+    {"scx_layers": "all", "scx_scheme": "rotate"},
+])  # fmt: skip
+def test_smollm2_says_the_same(settings: dict[str, Any]) -> None:
+    """The real model in float32, 24 prompts; ties as tests/engine/oracle.py settles them."""
+    folder = models.smollm2_dir()
+    many = oracle.prompts(24, 49152, 9, 1, 60)
+    common = {"max_model_len": 512, "kv_pool_bytes": 1 << 30}
+    engine = oracle.make_engine(folder, **common, **settings)
+    outputs = oracle.run_greedy(engine, many, 16)
+    engine.close()
+    judge = oracle.load_oracle(folder)
+    verdict = oracle.Verdict()
+    for prompt, ours in zip(many, outputs, strict=True):
+        oracle.judge_forced(judge, prompt, ours, verdict)
+    verdict.check()
+
+
+def cached(engine: Any, length: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """K and V (length, G, D) of slot 0, layer by layer, after one prompt."""
+    runner = engine.executor.runner
+    slot = runner.store.allocator.acquire(length)
+    assert slot == 0 and runner.store.allocator.ensure(slot, length) is None
+    if runner.scx is not None:
+        runner.scx.scx.secure.open(slot, b"n" * 16)
+    with torch.inference_mode():
+        runner.model(pack([Row(slot, 0, list(range(3, 3 + length)), True)]))
+    views = (runner.store.layer_views(layer) for layer in range(3))
+    return [(k[0, :length].clone(), v[0, :length].clone()) for k, v in views]
+
+
+@pytest.mark.parametrize("scheme", ["perm", "rotate", "mix"])
+@pytest.mark.parametrize("kernels", ["auto", "torch"])
+def test_only_encoded_layers_are_encoded_in_the_cache(scheme: str, kernels: str, tiny: dict[str, Path]) -> None:
+    """No cached row of layer 1 is its plaintext; layer 0 before it equals the plain model's bit for bit, layer 2 behind
+    it within rounding."""
+    backend = {"attention_backend": "torch_vattn"} if kernels == "torch" else {}
+    plain = oracle.make_engine(tiny["llama"], kernels=kernels, **backend)
+    encoded = oracle.make_engine(tiny["llama"], kernels=kernels, scx_layers="1", scx_scheme=scheme, **backend)
+    theirs, ours = cached(plain, 40), cached(encoded, 40)
+    for a, b in zip(theirs[0], ours[0], strict=True):
+        assert torch.equal(a, b)
+    for a, b in zip(theirs[1], ours[1], strict=True):
+        assert not (a == b).all(dim=-1).any()
+        same_size = torch.allclose(a.norm(dim=-1), b.norm(dim=-1), rtol=1e-4)
+        assert same_size == (scheme != "mix")  # permutations and rotations keep norms: that is what they leak
+    for a, b in zip(theirs[2], ours[2], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    plain.close()
+    encoded.close()
+
+
+def test_off_costs_nothing(tiny: dict[str, Path]) -> None:
+    """Without SCX the pieces are the very classes they were, no secure side exists, and plain layers of an encoded
+    model stay fused; with it, calls and bytes are what the formula says."""
+    plain = oracle.make_engine(tiny["llama"])
+    encoded = oracle.make_engine(tiny["llama"], scx_layers="1")
+    assert plain.executor.runner.scx is None
+    kinds = [[type(layer) for layer in engine.executor.runner.model.layers] for engine in (plain, encoded)]
+    assert kinds[1][0] is kinds[0][0] and kinds[1][2] is kinds[0][2] and kinds[1][1] is PreNormLayer
+    layer = encoded.executor.runner.model.layers[1]
+    assert isinstance(layer.attention, ScxAttention) and not isinstance(layer.attention, Attention)
+    assert CpuKernels().fuse(layer) is layer
+    many = oracle.prompts(3, models.TINY_VOCAB, 4, 5, 9)
+    oracle.run_greedy(plain, many, 4)
+    oracle.run_greedy(encoded, many, 4)
+    scx: Scx = encoded.executor.runner.scx.scx
+    tokens = sum(len(prompt) + 3 for prompt in many)
+    heads, groups, dim = 4, 2, 16
+    formula = tokens * 4 * (heads + 2 * groups + heads) * dim  # qkv one way, then the output; as much comes back
+    assert scx.secure.traffic.bytes_in == scx.secure.traffic.bytes_out == formula
+    assert scx.secure.traffic.calls == 2 * 4  # of one layer: a prefill step and three of decodes
+    plain.close()
+    encoded.close()
+
+
+def test_an_observer_sees_what_crosses_and_changes_nothing(tiny: dict[str, Path]) -> None:
+    """Views in their order, with shapes; the cache's view is what stands in the slab; without one nothing is called."""
+    seen: list[tuple[str, int, dict[str, torch.Tensor]]] = []
+
+    def watch(view: str, layer: int, tensors: dict[str, torch.Tensor]) -> None:
+        seen.append((view, layer, {name: tensor.clone() for name, tensor in tensors.items()}))
+
+    engine = oracle.make_engine(tiny["llama"], scx_layers="0,2")
+    engine.executor.runner.scx.scx.observer = watch
+    views = cached(engine, 12)
+    assert [(view, layer) for view, layer, _ in seen] == [
+        (view, layer) for layer in (0, 2) for view in ("V1", "V3", "V4", "V4")
+    ]
+    rows, queries, projected, output = (tensors for _, _, tensors in seen[:4])
+    assert torch.equal(rows["k"], views[0][0]) and torch.equal(rows["v"], views[0][1])
+    assert rows["positions"].tolist() == list(range(12)) and not rows["slots"].any()
+    assert queries["q"].shape == (12, 4, 16) and projected["qkv"].shape == (12, 8 * 16)
+    assert output["attended"].shape == output["decoded"].shape == (12, 64)
+    assert not torch.equal(output["attended"], output["decoded"])
+    engine.close()
