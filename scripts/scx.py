@@ -1,15 +1,16 @@
 """`python -m scripts.scx COMMAND`: what SCX promises, measured.
 
 exactness: the encoded attention layer against the plain one, over dtypes, schemes, schedules, layouts and backends.
+worker: what it costs to keep the keys in a process of their own.
 """
 
 from __future__ import annotations
 
 import sys
 
-from scripts import scx_exactness
+from scripts import scx_exactness, scx_worker
 
-COMMANDS = {"exactness": scx_exactness.main}
+COMMANDS = {"exactness": scx_exactness.main, "worker": scx_worker.main}
 
 
 def main() -> int:
