@@ -93,8 +93,7 @@ class RemoteSecureSide(SecureSide):
         except ScxError:
             link.close()
             raise
-        self._link, self._step, self._batch = link, 0, None
-        self._opened.clear()
+        self._link, self._step = link, 0
         self._pin(link.region)
 
     def _pin(self, region: frames.Region | None) -> None:
