@@ -11,7 +11,8 @@ from typing import NamedTuple
 
 import torch
 
-from tessera_kernels.checks import require
+from tessera_kernels.checks import kv_view, require, require_ints, require_rows
+from tessera_kernels.native import OPS
 from tessera_kernels.rope_store import rotate_reference
 
 
@@ -21,6 +22,69 @@ class Rows(NamedTuple):
     positions: torch.Tensor
     slots: torch.Tensor
     tables: torch.Tensor
+
+
+def encode_store(
+    qkv: torch.Tensor, cos_sin: torch.Tensor, rows: Rows, maps: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    k_view: torch.Tensor, v_view: torch.Tensor, heads: int, interleaved: bool = False,
+) -> torch.Tensor:  # fmt: skip
+    """Rotates q and k, maps q, k and v by maps = (q's, k's, v's), stores k and v at [slot, position], returns q
+    (N, H, D).
+
+    qkv (N, (H + 2G) * D); cos_sin (P, 2, D/2) fp32; k_view, v_view (S, C, G, D). Everything between qkv and the one
+    rounding is fp32; a row's bits depend on that row and its maps alone. An order's entries must lie in 0..D-1; they
+    are not checked. Raises ValueError for a wrong shape, dtype or stride, IndexError for a place or table outside.
+    """
+    groups, dim = k_view.shape[2:]
+    ops = OPS.get(qkv.dtype)
+    if ops is None or qkv.device.type != "cpu":
+        done = encode_reference(qkv, cos_sin, rows, *maps, heads, interleaved)
+        where = (rows.slots.long(), rows.positions.long())
+        k_view[where], v_view[where] = done[:, heads : heads + groups], done[:, heads + groups :]
+        return done[:, :heads].contiguous()
+    tokens = rows.positions.shape[0]
+    require_rows("qkv", qkv, (heads + 2 * groups) * dim, k_view.dtype)
+    require(qkv.shape[0] == tokens, "qkv has %d rows for %d positions; want as many", qkv.shape[0], tokens)
+    for name, column in zip(Rows._fields, rows, strict=True):
+        require_ints(name, column, tokens)
+    require(cos_sin.shape[1:] == (2, dim // 2) and cos_sin.dtype is torch.float32 and cos_sin.is_contiguous(),
+            "cos_sin is %s %s; want (P, 2, %d) torch.float32 contiguous", tuple(cos_sin.shape), cos_sin.dtype,
+            dim // 2)  # fmt: skip
+    for one in maps:
+        _require_map(one, maps[0], heads, groups, dim)
+    q = torch.empty((tokens, heads, dim), dtype=qkv.dtype)
+    ops.encode_store(qkv.data_ptr(), cos_sin.data_ptr(), *(column.data_ptr() for column in rows), q.data_ptr(),
+                     kv_view(k_view, v_view, qkv.dtype), *(one.data_ptr() for one in maps), maps[0].dim() == 4,
+                     maps[0].shape[0], tokens, heads, groups, dim, interleaved, cos_sin.shape[0])  # fmt: skip
+    return q
+
+
+def decode(attended: torch.Tensor, tables: torch.Tensor, out_map: torch.Tensor, heads: int) -> torch.Tensor:
+    """attended (N, H * D), each head mapped by row tables[n] of out_map in fp32 and rounded once: (N, H * D).
+
+    Bits and errors as encode_store's.
+    """
+    groups, dim = out_map.shape[1:3]
+    ops = OPS.get(attended.dtype)
+    if ops is None or attended.device.type != "cpu":
+        return decode_reference(attended, tables, out_map, heads)
+    tokens = attended.shape[0]
+    require_rows("attended", attended, heads * dim, attended.dtype)
+    require_ints("tables", tables, tokens)
+    _require_map(out_map, out_map, heads, groups, dim)
+    out = torch.empty_like(attended)
+    ops.decode_heads(attended.data_ptr(), out.data_ptr(), tables.data_ptr(), out_map.data_ptr(), out_map.dim() == 4,
+                     out_map.shape[0], tokens, heads, groups, dim)  # fmt: skip
+    return out
+
+
+def _require_map(one: torch.Tensor, like: torch.Tensor, heads: int, groups: int, dim: int) -> None:
+    """`one` is (T, G, D) int16 or (T, G, D, D) float32, contiguous, and as large as `like`."""
+    wanted = torch.int16 if one.dim() == 3 else torch.float32
+    fits = one.shape == like.shape and tuple(one.shape[1:]) in ((groups, dim), (groups, dim, dim))
+    require(fits and one.dtype is wanted and one.is_contiguous() and heads % groups == 0,
+            "a map is %s %s for %d heads; want (T, %d, %d) torch.int16 or (T, %d, %d, %d) torch.float32 contiguous",
+            tuple(one.shape), one.dtype, heads, groups, dim, groups, dim, dim)  # fmt: skip
 
 
 def encode_reference(

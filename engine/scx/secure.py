@@ -21,7 +21,7 @@ from engine.scx.config import ScxConfig
 from engine.scx.errors import LayerNotEncoded, OutOfOrder, ShapeMismatch, UnknownSession
 from engine.scx.keys import Label, Scope, Secret, SessionKeys, permutations
 from engine.scx.schemes import Maps, schemes
-from tessera_kernels.head_maps import Rows, decode_reference, encode_reference
+from tessera_kernels.head_maps import Rows, decode, encode_reference, encode_store
 
 
 class Encoded(NamedTuple):
@@ -271,6 +271,17 @@ class LocalSecureSide(SecureSide):
         q, k, v = rows.to(self.compute).split([heads, groups, groups], dim=1)
         return Encoded(q.contiguous(), k, v)
 
+    def encode_store(
+        self, layer: int, qkv: torch.Tensor, batch: Batch, k: torch.Tensor, v: torch.Tensor
+    ) -> torch.Tensor:
+        """See SecureSide. On one device rotation, maps and stores are one kernel, and k', v' exist in the slab only."""
+        if self.device != self.compute:
+            return super().encode_store(layer, qkv, batch, k, v)
+        place, step = self._claim(layer, qkv, batch)
+        maps = self._tables[place]
+        self._count(qkv, qkv)
+        return encode_store(qkv, self._rope, step.rows, (maps.q, maps.k, maps.v), k, v, self.shape.heads)
+
     def decode(self, layer: int, attended: torch.Tensor, batch: Batch) -> torch.Tensor:
         """See SecureSide."""
         place, step = self._awaited(layer, batch)
@@ -278,7 +289,7 @@ class LocalSecureSide(SecureSide):
             raise ShapeMismatch(f"layer {layer}: {tuple(attended.shape)} is not the output of the scheduled rows")
         self._awaiting[place] = None
         table = self._tables[place].out
-        decoded = decode_reference(attended.to(self.device), step.rows.tables, table, self.shape.heads)
+        decoded = decode(attended.to(self.device), step.rows.tables, table, self.shape.heads)
         self._count(attended, decoded)
         return decoded.to(self.compute)
 

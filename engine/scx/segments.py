@@ -17,7 +17,7 @@ from engine.attention.base import Caps
 from engine.runner.batch import Batch
 from engine.scx.errors import ShapeMismatch
 from engine.scx.schemes import Maps
-from engine.scx.secure import Encoded, LocalSecureSide, Session, Step
+from engine.scx.secure import Encoded, LocalSecureSide, SecureSide, Session, Step
 from tessera_kernels.head_maps import Rows, encode_reference, map_heads
 
 
@@ -110,6 +110,8 @@ class SegmentedSide(LocalSecureSide):
         q, k, v = rows.to(self.compute).split([heads, groups, groups], dim=1)
         own = own.to(self.compute)
         return Encoded(q.contiguous(), k[own], v[own])
+
+    encode_store = SecureSide.encode_store  # its rows are not the slab's: no kernel for both
 
     def decode(self, layer: int, attended: torch.Tensor, batch: Batch) -> torch.Tensor:
         """See SecureSide; attended is (R, H * (D + 1)), as SegmentBackend returns it, the result (N, H * D) in the

@@ -63,6 +63,27 @@ class Ops {
     kernels_->rope_store(*current_pool(), a);
   }
 
+  void encode_store(Address qkv, Address cos_sin, Address positions, Address slots, Address tables, Address q,
+                    const KvView& kv, Address q_map, Address k_map, Address v_map, bool matrices, int rows, int tokens,
+                    int heads, int kv_heads, int head_dim, bool interleaved, int angles) const {
+    const EncodeStore e{{at(qkv), of<float>(cos_sin), of<int32_t>(positions), of<int32_t>(slots), at(q), kv,
+                         tokens, heads, kv_heads, head_dim, interleaved, angles},
+                        {of<int32_t>(tables), rows, kv_heads, matrices}, at(q_map), at(k_map), at(v_map)};
+    check(e.rope);
+    check(e.maps, tokens);
+    nb::gil_scoped_release release;
+    kernels_->encode_store(*current_pool(), e);
+  }
+
+  void decode_heads(Address x, Address out, Address tables, Address out_map, bool matrices, int rows, int tokens,
+                    int heads, int kv_heads, int head_dim) const {
+    const DecodeHeads a{at(x), at(out), {of<int32_t>(tables), rows, kv_heads, matrices}, at(out_map),
+                        tokens, heads, head_dim};
+    check(a.maps, tokens);
+    nb::gil_scoped_release release;
+    kernels_->decode_heads(*current_pool(), a);
+  }
+
   void attention(Address q, Address out, const KvView& kv, Address slots, Address q_starts, Address kv_lens,
                  int sequences, int heads, int kv_heads, int head_dim, float scale, int window, int tokens) const {
     const Attention a{at(q), at(out), kv, of<int32_t>(slots), of<int32_t>(q_starts), of<int32_t>(kv_lens),
@@ -150,6 +171,8 @@ NB_MODULE(_cpu, m) {
       .def("gemm", &Ops::gemm)
       .def("rmsnorm", &Ops::rmsnorm)
       .def("rope_store", &Ops::rope_store)
+      .def("encode_store", &Ops::encode_store)
+      .def("decode_heads", &Ops::decode_heads)
       .def("attention", &Ops::attention)
       .def("silu_mul", &Ops::silu_mul)
       .def("layer", &Ops::layer);

@@ -31,6 +31,10 @@ void check(const RopeStore& a) {
   }
 }
 
+void check(const HeadMaps& a, int tokens) {
+  for (int t = 0; t < tokens; ++t) within("tables", t, a.tables[t], 0, a.rows - 1);
+}
+
 void check(const Attention& a) {
   within("q_starts", 0, a.q_starts[0], 0, 0);
   within("q_starts", a.sequences, a.q_starts[a.sequences], a.tokens, a.tokens);

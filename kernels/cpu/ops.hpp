@@ -61,6 +61,30 @@ struct RopeStore {
   int angles = 0;  // P, the positions cos_sin covers
 };
 
+// Maps of heads by table row and KV head: int16 orders [T, G, D] (result j is entry order[j], each in 0..D - 1, not
+// checked here) or float matrices [T, G, D, D].
+struct HeadMaps {
+  const int32_t* tables = nullptr;  // [N], the table row of each token
+  int rows = 0, groups = 0;         // T, G
+  bool matrices = false;
+};
+
+struct EncodeStore {
+  RopeStore rope;
+  HeadMaps maps;
+  const void* q_map = nullptr;
+  const void* k_map = nullptr;
+  const void* v_map = nullptr;
+};
+
+struct DecodeHeads {
+  const void* x = nullptr;  // [N, H * D]
+  void* out = nullptr;
+  HeadMaps maps;
+  const void* out_map = nullptr;
+  int tokens = 0, heads = 0, head_dim = 0;
+};
+
 struct Attention {
   const void* q = nullptr;  // [N, H, D]
   void* out = nullptr;      // [N, H * D]
@@ -134,6 +158,8 @@ struct Kernels {
   void (*gemm)(Pool&, const Gemm&);
   void (*rmsnorm)(Pool&, const RmsNorm&);
   void (*rope_store)(Pool&, const RopeStore&);
+  void (*encode_store)(Pool&, const EncodeStore&);
+  void (*decode_heads)(Pool&, const DecodeHeads&);
   void (*attention)(Pool&, const Attention&);
   void (*silu_mul)(Pool&, const SiluMul&);
   void (*layer)(Pool&, const Layer&, const Step&);
@@ -145,6 +171,7 @@ const Kernels* f32_generic();
 
 // Indices are checked before a kernel follows them; each throws std::out_of_range with value and range.
 void check(const RopeStore&);
+void check(const HeadMaps&, int tokens);
 void check(const Attention&);
 void check(const Embed&);
 

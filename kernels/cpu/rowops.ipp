@@ -55,17 +55,18 @@ void rmsnorm_phase(const RmsNorm& a, Team& team) {
 
 // out = x rotated by the angles of one position; cos and sin are [D / 2]. `half` selects rotate-half pairs
 // (i, i + D/2), otherwise pairs are neighbours (2i, 2i + 1).
-template <class T>
+// The result has elements of Out.
+template <class T, class Out = T>
 void rotate_head(const typename T::E* x, const float* cos, const float* sin, int dim, bool half,
-                 typename T::E* out) {
+                 typename Out::E* out) {
   const int pairs = dim / 2;
   if (half) {
     for (int i = 0; i < pairs; i += 16) {
       const int n = pairs - i < 16 ? pairs - i : 16;
       const V a = T::load_part(x + i, n), b = T::load_part(x + pairs + i, n);
       const V c = vload_part(cos + i, n), s = vload_part(sin + i, n);
-      T::store_part(out + i, vfnma(b, s, vmul(a, c)), n);
-      T::store_part(out + pairs + i, vfma(a, s, vmul(b, c)), n);
+      Out::store_part(out + i, vfnma(b, s, vmul(a, c)), n);
+      Out::store_part(out + pairs + i, vfma(a, s, vmul(b, c)), n);
     }
     return;
   }
@@ -73,7 +74,7 @@ void rotate_head(const typename T::E* x, const float* cos, const float* sin, int
     const int n = pairs - i < 8 ? pairs - i : 8;
     const V a = T::load_part(x + 2 * i, 2 * n);
     const V c = vdouble8(cos + i, n), s = vnegate_even(vdouble8(sin + i, n));
-    T::store_part(out + 2 * i, vfma(vswap_pairs(a), s, vmul(a, c)), 2 * n);
+    Out::store_part(out + 2 * i, vfma(vswap_pairs(a), s, vmul(a, c)), 2 * n);
   }
 }
 

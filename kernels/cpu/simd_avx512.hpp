@@ -22,6 +22,12 @@ inline __mmask16 vmask(int n) { return static_cast<__mmask16>((1u << n) - 1u); }
 inline V vload_part(const float* p, int n) { return _mm512_maskz_loadu_ps(vmask(n), p); }
 inline void vstore_part(float* p, V a, int n) { _mm512_mask_storeu_ps(p, vmask(n), a); }
 
+// p[at[0]], p[at[1]], ..., n <= 16 of them.
+inline V vgather_part(const float* p, const int16_t* at, int n) {
+  const __m512i index = _mm512_cvtepi16_epi32(_mm256_maskz_loadu_epi16(vmask(n), at));
+  return _mm512_mask_i32gather_ps(_mm512_setzero_ps(), vmask(n), index, p, 4);
+}
+
 // Lanes outside [lo, hi) become `fill`.
 inline V vkeep(V a, int lo, int hi, float fill) {
   const unsigned high = hi >= 16 ? 0xffffu : hi <= 0 ? 0u : (1u << hi) - 1u;

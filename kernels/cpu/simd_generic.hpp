@@ -53,6 +53,11 @@ inline V vload_part(const float* p, int n) {
   return a;
 }
 inline void vstore_part(float* p, V a, int n) { std::memcpy(p, &a, static_cast<size_t>(n) * 4); }
+inline V vgather_part(const float* p, const int16_t* at, int n) {  // p[at[0]], ..., n <= 16 of them
+  V a{};
+  for (int i = 0; i < n; ++i) a[i] = p[at[i]];
+  return a;
+}
 inline V vkeep(V a, int lo, int hi, float fill) {
   const VI lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   return ((lane >= lo) & (lane < hi)) ? a : vset1(fill);

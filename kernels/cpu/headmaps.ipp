@@ -1,0 +1,124 @@
+// Linear maps of heads: after the rotary embedding on the way into the KV slabs, and on the way out of attention.
+// A head is rotated and mapped in fp32 and rounded once. Each row is computed by itself, in one order of additions.
+
+// One table row's map of one KV head: an order of entries or a matrix.
+template <class Index>
+const Index* map_at(const void* maps, int table, int group, int groups, size_t entries) {
+  return static_cast<const Index*>(maps) + (static_cast<size_t>(table) * groups + group) * entries;
+}
+
+// out[j] = x[order[j]]
+template <class T>
+void reorder_head(const float* x, const int16_t* order, int dim, typename T::E* out) {
+  for (int j = 0; j < dim; j += 16) {
+    const int n = dim - j < 16 ? dim - j : 16;
+    T::store_part(out + j, vgather_part(x, order + j, n), n);
+  }
+}
+
+// out[j] = sum over i of x[i] * matrix[i][j], i ascending; kHeads rows of x share the matrix.
+template <class T, int kHeads>
+void multiply_heads(const float* x, const float* matrix, int dim, typename T::E* out) {
+  for (int j = 0; j < dim; j += 32) {
+    const int n0 = dim - j < 16 ? dim - j : 16, n1 = dim - j - 16 < 0 ? 0 : dim - j - 16 < 16 ? dim - j - 16 : 16;
+    V sum[kHeads][2];
+#pragma GCC unroll 8
+    for (int h = 0; h < kHeads; ++h) sum[h][0] = sum[h][1] = vzero();
+    for (int i = 0; i < dim; ++i) {
+      const float* row = matrix + static_cast<size_t>(i) * dim + j;
+      const V a = vload_part(row, n0), b = vload_part(row + 16, n1);
+#pragma GCC unroll 8
+      for (int h = 0; h < kHeads; ++h) {
+        const V value = vset1(x[h * dim + i]);
+        sum[h][0] = vfma(value, a, sum[h][0]);
+        sum[h][1] = vfma(value, b, sum[h][1]);
+      }
+    }
+#pragma GCC unroll 8
+    for (int h = 0; h < kHeads; ++h) {
+      T::store_part(out + h * dim + j, sum[h][0], n0);
+      if (n1 > 0) T::store_part(out + h * dim + j + 16, sum[h][1], n1);
+    }
+  }
+}
+
+// `heads` neighbouring heads, wide at x, mapped by one map into out.
+template <class T>
+void map_heads(const HeadMaps& m, const void* maps, int table, int group, const float* x, int heads, int dim,
+               typename T::E* out) {
+  if (!m.matrices) {
+    const int16_t* order = map_at<int16_t>(maps, table, group, m.groups, static_cast<size_t>(dim));
+    for (int h = 0; h < heads; ++h) reorder_head<T>(x + h * dim, order, dim, out + h * dim);
+    return;
+  }
+  const float* matrix = map_at<float>(maps, table, group, m.groups, static_cast<size_t>(dim) * dim);
+  int h = 0;
+  for (; h + 4 <= heads; h += 4) multiply_heads<T, 4>(x + h * dim, matrix, dim, out + h * dim);
+  for (; h < heads; ++h) multiply_heads<T, 1>(x + h * dim, matrix, dim, out + h * dim);
+}
+
+template <class T>
+void widen_head(const typename T::E* x, int dim, float* out) {
+  for (int i = 0; i < dim; i += 16) {
+    const int n = dim - i < 16 ? dim - i : 16;
+    vstore_part(out + i, T::load_part(x + i, n), n);
+  }
+}
+
+template <class T>
+void encode_store_token(const EncodeStore& e, int token, float* wide) {
+  using E = typename T::E;
+  const RopeStore& a = e.rope;
+  const int dim = a.head_dim, each = a.heads / a.kv_heads;
+  const E* row = static_cast<const E*>(a.qkv) + static_cast<ptrdiff_t>(token) * (a.heads + 2 * a.kv_heads) * dim;
+  const int position = a.positions[token], table = e.maps.tables[token];
+  const float* cos = a.cos_sin + static_cast<ptrdiff_t>(position) * dim;
+  const float* sin = cos + dim / 2;
+  E* q = static_cast<E*>(a.q) + static_cast<ptrdiff_t>(token) * a.heads * dim;
+  const ptrdiff_t base = a.slots[token] * a.kv.slot_stride + position * a.kv.token_stride;
+  const E* keys = row + a.heads * dim;
+  const E* values = keys + a.kv_heads * dim;
+  for (int g = 0; g < a.kv_heads; ++g) {
+    for (int h = 0; h < each; ++h)
+      rotate_head<T, F32>(row + (g * each + h) * dim, cos, sin, dim, !a.interleaved, wide + h * dim);
+    map_heads<T>(e.maps, e.q_map, table, g, wide, each, dim, q + g * each * dim);
+    rotate_head<T, F32>(keys + g * dim, cos, sin, dim, !a.interleaved, wide);
+    map_heads<T>(e.maps, e.k_map, table, g, wide, 1, dim, static_cast<E*>(a.kv.k) + base + g * a.kv.head_stride);
+    widen_head<T>(values + g * dim, dim, wide);
+    map_heads<T>(e.maps, e.v_map, table, g, wide, 1, dim, static_cast<E*>(a.kv.v) + base + g * a.kv.head_stride);
+  }
+}
+
+template <class T>
+void decode_heads_token(const DecodeHeads& a, int token, float* wide) {
+  using E = typename T::E;
+  const int dim = a.head_dim, each = a.heads / a.maps.groups;
+  const ptrdiff_t offset = static_cast<ptrdiff_t>(token) * a.heads * dim;
+  for (int g = 0; g < a.maps.groups; ++g) {
+    const ptrdiff_t at = offset + static_cast<ptrdiff_t>(g) * each * dim;
+    for (int h = 0; h < each; ++h) widen_head<T>(static_cast<const E*>(a.x) + at + h * dim, dim, wide + h * dim);
+    map_heads<T>(a.maps, a.out_map, a.maps.tables[token], g, wide, each, dim, static_cast<E*>(a.out) + at);
+  }
+}
+
+// Scratch of a member: the wide heads of one KV head.
+inline size_t map_scratch_bytes(int heads, int groups, int dim) {
+  return static_cast<size_t>(heads / groups) * dim * sizeof(float);
+}
+
+template <class T>
+void run_encode_store(Pool& pool, const EncodeStore& e) {
+  const RopeStore& a = e.rope;
+  pool.run(map_scratch_bytes(a.heads, a.kv_heads, a.head_dim), [&](Team& team) {
+    float* wide = reinterpret_cast<float*>(team.scratch());
+    row_phase(team, a.tokens, a.tokens >= 64 ? 16 : 2, [&](int token) { encode_store_token<T>(e, token, wide); });
+  });
+}
+
+template <class T>
+void run_decode_heads(Pool& pool, const DecodeHeads& a) {
+  pool.run(map_scratch_bytes(a.heads, a.maps.groups, a.head_dim), [&](Team& team) {
+    float* wide = reinterpret_cast<float*>(team.scratch());
+    row_phase(team, a.tokens, a.tokens >= 64 ? 16 : 2, [&](int token) { decode_heads_token<T>(a, token, wide); });
+  });
+}
