@@ -39,6 +39,7 @@ Number = Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
 Positive = Annotated[int, msgspec.Meta(ge=1, lt=1 << 31)]
 Slot = Annotated[int, msgspec.Meta(ge=0, lt=MAX_SLOTS)]
 Small = Annotated[int, msgspec.Meta(ge=1, le=4096)]
+Dtype = Literal["float32", "bfloat16", "float16"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -57,7 +58,7 @@ class Geometry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     slots: Annotated[int, msgspec.Meta(ge=1, le=MAX_SLOTS)]
     max_tokens: Annotated[int, msgspec.Meta(ge=1, le=1 << 24)]
     step_tokens: Positive
-    dtype: Literal["float32", "bfloat16", "float16"]
+    dtype: Dtype
 
     def __post_init__(self) -> None:
         if self.heads % self.kv_heads or self.head_dim % 2:

@@ -30,6 +30,7 @@ from engine.scx.audit import Audit
 from engine.scx.errors import ScxError, WorkerRefused
 from engine.scx.keys import Secret, fresh_root, read_root
 from engine.scx.served import Limits, Served
+from tessera_kernels import native
 
 log = logging.getLogger("engine.scx.secure_worker")  # also when it runs as __main__
 
@@ -240,18 +241,24 @@ def options_of(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--key-file", help="root secret: 64 hexadecimal digits, mode 0600 (default: a fresh one)")
     parser.add_argument("--allow-uid", type=int, help="user id that may connect, beside the worker's own")
     parser.add_argument("--device", default="cpu", help="where maps are kept and applied: cpu or cuda:N")
-    parser.add_argument("--threads", type=int, default=1, help="threads of PyTorch")
+    parser.add_argument("--threads", type=int, default=1, help="threads of the kernels")
     parser.add_argument("--limit-bytes", type=int, default=DEFAULT_LIMIT_BYTES, help="most bytes of maps and table")
     parser.add_argument("--audit-file", help="append what happens (counts only), each line chained to the one before")
     parser.add_argument("--lifeline", action="store_true", help="end when standard input closes (started by an engine)")
     return parser.parse_args(argv)
 
 
+def set_threads(count: int) -> None:
+    """Threads of the kernels here. More than one spin between an engine's calls, on cores that the engine may need."""
+    torch.set_num_threads(count)
+    native.set_threads(count)
+
+
 def serve(options: argparse.Namespace, own_nonce: Callable[[int], bytes]) -> None:
     """From options to the end of the process's work. Raises ConfigError for what the user can fix."""
     root = fresh_root() if options.key_file is None else read_root(options.key_file)
     said = harden(root)
-    torch.set_num_threads(max(1, options.threads))
+    set_threads(max(1, options.threads))
     audit = Audit(options.audit_file)
     listener = listen(options.socket, others=options.allow_uid is not None)
     limits = Limits(options.device, options.limit_bytes)
