@@ -1,24 +1,30 @@
-"""`python -m scripts.scx COMMAND`: what SCX promises, measured.
+"""`python -m scripts.scx COMMAND`: what SCX promises, and what it does not, measured; docs/scx.md.
 
-exactness: the encoded attention layer against the plain one, over dtypes, schemes, schedules, layouts and backends.
-worker: what it costs to keep the keys in a process of their own.
+Each command is a module with main(arguments), imported when it is asked for. It knows nothing of them but their names.
 """
 
 from __future__ import annotations
 
+import importlib
 import sys
+from collections.abc import Sequence
 
-from scripts import scx_exactness, scx_worker
+COMMANDS = {
+    "exactness": ("scripts.scx_exactness", "encoded attention against plain, over dtypes, schemes and schedules"),
+    "overhead": ("scripts.scx_overhead", "milliseconds a step with and without encoded layers, in turns"),
+    "worker": ("scripts.scx_worker", "the same with keys in a process of their own; stages, bytes and calls"),
+}
 
-COMMANDS = {"exactness": scx_exactness.main, "worker": scx_worker.main}
 
-
-def main() -> int:
-    """Run the command named first; the rest of the line is its own."""
-    if len(sys.argv) < 2 or sys.argv[1] not in COMMANDS:
-        print(f"{__doc__}\nCOMMAND: {', '.join(COMMANDS)}", file=sys.stderr)
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command named first; the rest of the line is its own. 2 when there is no such command."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] not in COMMANDS:
+        known = "\n".join(f"  {name:<10} {what}" for name, (_, what) in COMMANDS.items())
+        print(f"python -m scripts.scx COMMAND; --help behind it tells its flags\n{known}", file=sys.stderr)
         return 2
-    return COMMANDS[sys.argv[1]](sys.argv[2:])
+    module = importlib.import_module(COMMANDS[arguments[0]][0])
+    return int(module.main(arguments[1:]))
 
 
 if __name__ == "__main__":

@@ -3,10 +3,10 @@
     python -m scripts.scx exactness [--only TEXT ...] [--head-dim 64]
 
 Three sequences of random projections go through one encoded attention layer and one plain one, in the same steps over
-slabs of the same strides; both are compared with float64 on the unrounded projections. A case passes when, in float32, the relative L2 distance from
-the plain layer is at most 5e-6; in bfloat16, permutations stay within 5e-4 and 2 units in the last place of a row's
-largest entry, rotations have at most 1.25 and mixes 1.5 times the plain layer's error. No cached row may equal its
-plaintext. One line a case; the last line is JSON; the exit status is 1 when a case fails.
+slabs of the same strides; both are compared with float64 on the unrounded projections. A case passes when, in float32,
+the relative L2 distance from the plain layer is at most 5e-6; in bfloat16, permutations stay within 5e-4 and 2 units in
+the last place of a row's largest entry, rotations have at most 1.25 and mixes 1.5 times the plain layer's error. No
+cached row may equal its plaintext. One line a case; the last line is JSON; the exit status is 1 when a case fails.
 """
 
 from __future__ import annotations
@@ -248,7 +248,7 @@ def main(argv: Sequence[str]) -> int:
             continue
         found = run_case(case, options.head_dim)
         count += 1
-        print(f"{'ok    ' if found.passed else 'FAILED'} {str(case):70} distance {found.distance:.1e}  "
+        print(f"{'ok    ' if found.passed else 'FAILED'} {case!s:70} distance {found.distance:.1e}  "
               f"{found.ulps:5.2f} ulp  error x{found.ratio:.3f}  {found.same_rows} plaintext rows", flush=True)
         if not found.passed:
             failed.append(str(case))

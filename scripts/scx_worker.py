@@ -1,10 +1,10 @@
-"""What a secure worker costs: tokens a second plain, with keys in this process, and with keys in a worker.
+"""What does a secure worker cost? The steps of `overhead`, plain, with keys in this process and with keys in a worker.
 
-    python -m scripts.scx worker [--model FOLDER] [--layers 0,29] [--batch 16] [--outputs 64] [--rounds 3]
+    python -m scripts.scx worker [--model DIR] [--layers 0,29] [--scheme perm] [--batch 16] [--rounds 10]
 
-The three engines stand side by side and take turns, so that a noisy machine is noisy to all; the best round of each
-counts. Of each secure side it tells the time of an encode (with the slab's write) and a decode, median and least; and
-bytes for a row and encoded layer beside the formula, item bytes x 4 x (H + G) x D. The last line is JSON.
+Beside a step's milliseconds: microseconds of an encode (with the slab's writes) and of a decode, median and least; what
+crossed in both directions for a row and encoded layer, beside the formula, item bytes x 4 x (H + G) x D; and calls for
+an encoded layer and step. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -13,101 +13,84 @@ import argparse
 import json
 import logging
 import statistics
-import time
 from collections.abc import Callable, Sequence
+from time import perf_counter
 from typing import Any
 
-from engine import LLM, SamplingParams
+import torch
 
-PROMPT_TOKENS = 32
-
-
-def timed(call: Callable[..., Any], into: list[float]) -> Callable[..., Any]:
-    """The same call, its seconds noted."""
-
-    def with_clock(*arguments: Any, **named: Any) -> Any:
-        begin_s = time.perf_counter()
-        try:
-            return call(*arguments, **named)
-        finally:
-            into.append(time.perf_counter() - begin_s)
-
-    return with_clock
+from engine.loading.resolve import resolve_model
+from scripts.scx_overhead import CHUNK_TOKENS, Runner, run
 
 
-class Contender:
-    """One engine and what was measured of it."""
+class Stages:
+    """The calls of one engine's secure side, timed."""
 
-    def __init__(self, model: str | None, batch: int, **settings: Any) -> None:
-        self.llm = LLM(model, max_num_seqs=batch, max_model_len=1024, **settings)
-        self.best_tps = 0.0
-        self.encode_s: list[float] = []
-        self.decode_s: list[float] = []
-        runner: Any = self.llm.engine.executor.runner  # type: ignore[attr-defined]
-        self.secure: Any = None if runner.scx is None else runner.scx.scx.secure
-        if self.secure is not None:
-            self.secure.encode_store = timed(self.secure.encode_store, self.encode_s)
-            self.secure.decode = timed(self.secure.decode, self.decode_s)
+    def __init__(self, runner: Runner) -> None:
+        executor: Any = runner.engine.executor
+        self.secure = executor.runner.scx.scx.secure
+        self.rows = 0
+        self.encode_us: list[float] = []
+        self.decode_us: list[float] = []
+        self.secure.encode_store = self._timed(self.secure.encode_store, self.encode_us, 1)
+        self.secure.decode = self._timed(self.secure.decode, self.decode_us, 0)
 
-    def run(self, batch: int, outputs: int) -> None:
-        """One round: a batch of prompts, all decoded together."""
-        prompts = [[100 + i] * PROMPT_TOKENS for i in range(batch)]
-        params = SamplingParams(temperature=0.0, max_tokens=outputs, ignore_eos=True)
-        begin_s = time.perf_counter()
-        self.llm.generate(prompts, params, use_tqdm=False)
-        self.best_tps = max(self.best_tps, batch * outputs / (time.perf_counter() - begin_s))
+    def _timed(self, call: Callable[..., torch.Tensor], into: list[float], counts: int) -> Callable[..., torch.Tensor]:
+        def timed(layer: int, rows: torch.Tensor, *others: Any) -> torch.Tensor:
+            self.rows += counts * rows.shape[0]
+            before_s = perf_counter()
+            found = call(layer, rows, *others)
+            into.append(1e6 * (perf_counter() - before_s))
+            return found
 
-    def facts(self, layers: int, rows: int) -> dict[str, float]:
-        """Of a secure side. rows: token rows that ran in all rounds."""
+        return timed
+
+    def facts(self) -> dict[str, float]:
+        """See the module."""
         traffic = self.secure.traffic
         return {
-            "encode_us": round(statistics.median(self.encode_s) * 1e6, 1),
-            "least_encode_us": round(min(self.encode_s) * 1e6, 1),
-            "decode_us": round(statistics.median(self.decode_s) * 1e6, 1),
-            "least_decode_us": round(min(self.decode_s) * 1e6, 1),
-            "bytes_a_row_and_layer": round((traffic.bytes_in + traffic.bytes_out) / rows / layers, 1),
-            "calls_a_layer_and_step": round(2 * traffic.calls / (len(self.encode_s) + len(self.decode_s)), 4),
-        }
+            "encode_us": round(statistics.median(self.encode_us), 1), "least_encode_us": round(min(self.encode_us), 1),
+            "decode_us": round(statistics.median(self.decode_us), 1), "least_decode_us": round(min(self.decode_us), 1),
+            "bytes_a_row_and_layer": (traffic.bytes_in + traffic.bytes_out) / self.rows,
+            "calls_a_layer_and_step": traffic.calls / len(self.encode_us),
+        }  # fmt: skip
 
 
 def main(argv: Sequence[str]) -> int:
     """Measure and print."""
     parser = argparse.ArgumentParser(prog="python -m scripts.scx worker", description=__doc__)
-    parser.add_argument("--model", help="default: SmolLM2-135M-Instruct")
+    parser.add_argument("--model", help="a folder; SmolLM2-135M-Instruct without it")
     parser.add_argument("--layers", default="0,29")
     parser.add_argument("--scheme", default="perm")
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--outputs", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--dtype", default="bfloat16")
     options = parser.parse_args(argv)
     logging.getLogger("engine").setLevel(logging.ERROR)
-    batch, outputs = options.batch, options.outputs
+    common = {"model": str(resolve_model(options.model)), "dtype": options.dtype, "max_num_seqs": options.batch,
+              "max_model_len": 4 * CHUNK_TOKENS, "kv_pool_bytes": 1 << 30, "chunk_tokens": CHUNK_TOKENS}  # fmt: skip
     scx = {"scx_layers": options.layers, "scx_scheme": options.scheme}
-    contenders = {
-        "plain": Contender(options.model, batch), "in this process": Contender(options.model, batch, **scx),
-        "worker": Contender(options.model, batch, scx_secure_device="worker", **scx),
-    }  # fmt: skip
+    kinds: dict[str, dict[str, Any]] = {"plain": {}, "in this process": scx,
+                                        "worker": {**scx, "scx_secure_device": "worker"}}  # fmt: skip
+    runners = [Runner(name, {**common, **settings}) for name, settings in kinds.items()]
     try:
-        for number in range(options.rounds + 1):
-            for contender in contenders.values():
-                contender.run(batch, outputs if number else 4)  # the first one warms up
-                contender.best_tps *= number > 0
-        spec = contenders["plain"].llm.spec
-        rows = batch * (PROMPT_TOKENS + 3 + options.rounds * (PROMPT_TOKENS + outputs - 1))
-        layers = len(contenders["worker"].secure.config.layers)
-        runner: Any = contenders["plain"].llm.engine.executor.runner  # type: ignore[attr-defined]
-        item = runner.store.geometry.element_bytes
+        stages = {runner.name: Stages(runner) for runner in runners[1:]}
+        run(runners, options.rounds, options.batch)
+        shape = stages["worker"].secure.shape
+        item = getattr(torch, options.dtype).itemsize
         found: dict[str, Any] = {
-            "batch": batch, "outputs": outputs, "layers": options.layers, "scheme": options.scheme,
-            "formula_bytes_a_row_and_layer": item * 4 * (spec.heads + spec.kv_heads) * spec.head_dim,
+            "batch": options.batch, "layers": options.layers, "scheme": options.scheme,
+            "formula_bytes_a_row_and_layer": item * 4 * (shape.heads + shape.kv_heads) * shape.head_dim,
         }  # fmt: skip
-        for name, contender in contenders.items():
-            found[name] = {"tokens_a_second": round(contender.best_tps, 1)}
-            if contender.secure is not None:
-                found[name] |= contender.facts(layers, rows)
-            print(f"{name:16}" + ", ".join(f"{key} {value}" for key, value in found[name].items()), flush=True)
-        print(json.dumps(found))
+        for runner in runners:
+            ms = {work: round(statistics.median(times), 3) for work, times in runner.fastest_ms.items()}
+            found[runner.name] = {"decode_ms": ms["decode"], "prefill_ms": ms["prefill"],
+                                  "decoded_tokens_a_second": round(1e3 * options.batch / ms["decode"], 1)}  # fmt: skip
+            if runner.name in stages:
+                found[runner.name] |= stages[runner.name].facts()
+            print(f"{runner.name:16}" + ", ".join(f"{key} {value}" for key, value in found[runner.name].items()))
     finally:
-        for contender in contenders.values():
-            contender.llm.close()
+        for runner in runners:
+            runner.engine.close()
+    print(json.dumps(found))
     return 0

@@ -24,9 +24,9 @@ log = logging.getLogger(__name__)
 # Spec 4.3 in short; the whole statement stands in docs/scx.md.
 THREATS = (
     "SCX obfuscates the KV cache of layers %s: a copy of that cache alone, without the session's key, cannot be used "
-    "or read directly. It is not encryption. Known prefixes, queries, scores, hidden states or logits seen on the compute "
-    "device undo every scheme; other layers' caches are plaintext and enough to recover a prompt. It protects neither "
-    "integrity nor lengths, timing or sampled tokens. docs/scx.md has the whole statement"
+    "or read directly. It is not encryption. Known prefixes, queries, scores, hidden states or logits seen on the "
+    "compute device undo every scheme; other layers' caches are plaintext and enough to recover a prompt. It protects "
+    "neither integrity nor lengths, timing or sampled tokens. docs/scx.md has the whole statement"
 )
 
 

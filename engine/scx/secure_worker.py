@@ -8,6 +8,7 @@ of its own user, or of the one that --allow-uid names; when that connection ends
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import logging
 import os
@@ -271,7 +272,10 @@ def serve(options: argparse.Namespace, own_nonce: Callable[[int], bytes]) -> Non
     finally:
         worker.close()
         audit.note("end")
-        os.unlink(options.socket)
+        with contextlib.suppress(OSError):
+            os.unlink(options.socket)
+            if options.lifeline:  # the engine's folder for it: nobody else may be left to remove it
+                os.rmdir(os.path.dirname(options.socket))
 
 
 def main(argv: Sequence[str] | None = None, own_nonce: Callable[[int], bytes] = secrets.token_bytes) -> int:

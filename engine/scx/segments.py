@@ -147,7 +147,7 @@ class SegmentedSide(LocalSecureSide):
     def _layout(self, parts: list[Part], step: Step) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """For each query row: its token row and its part; for each token row: the query row of its own segment."""
         source = np.concatenate([np.arange(p.token, p.token + p.last - p.first) for p in parts])
-        tables = np.repeat(np.arange(len(parts), dtype=np.int32), [p.last - p.first for p in parts])
+        tables: np.ndarray = np.repeat(np.arange(len(parts), dtype=np.int32), [p.last - p.first for p in parts])
         own: np.ndarray = np.empty(step.rows.tables.shape[0], dtype=np.int64)
         for part in parts:
             count = max(0, part.end - part.position)  # the part's tokens that this step adds

@@ -8,7 +8,7 @@ import torch
 from tessera_kernels import native
 from tessera_kernels.head_maps import Rows, decode, decode_reference, encode_reference, encode_store
 from tessera_kernels.native import OPS
-from tests.kernels.cases import DTYPES, Chunk, angles, rand, ragged, same_bits, slab
+from tests.kernels.cases import DTYPES, Chunk, angles, ragged, rand, same_bits, slab
 
 HEADS, GROUPS, SLOTS, TOKENS = 6, 2, 4, 40
 CHUNKS = [Chunk(0, 2, 5, 9), Chunk(1, 0, 0, 23), *(Chunk(2 + i, slot, 7, 1) for i, slot in enumerate((3, 1)))]

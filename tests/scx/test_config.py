@@ -37,7 +37,9 @@ def resolved(**settings: Any) -> Any:
     return scx_config(with_environment(EngineConfig(**settings)), SPEC)
 
 
-@pytest.mark.parametrize("text", ["a", "-1", "30", "0,", ",0", "0,,1", "1.5", "0 1", "٣", "0x1", "all,0", "99999999999"])
+@pytest.mark.parametrize(
+    "text", ["a", "-1", "30", "0,", ",0", "0,,1", "1.5", "0 1", "٣", "0x1", "all,0", "99999999999"]
+)
 def test_bad_layers_name_the_value_and_the_range(text: str) -> None:
     """From a flag and from the environment alike."""
     with pytest.raises(ConfigError, match=r"0\.\.29") as caught:
@@ -50,7 +52,8 @@ def test_bad_layers_name_the_value_and_the_range(text: str) -> None:
 
 @pytest.mark.parametrize(
     ("text", "layers"),
-    [("0", (0,)), ("0, 27", (0, 27)), ("27,0,27", (0, 27)), (" 3 ", (3,)), ("all", tuple(range(30))), ("ALL", tuple(range(30)))],
+    [("0", (0,)), ("0, 27", (0, 27)), ("27,0,27", (0, 27)), (" 3 ", (3,)), ("all", tuple(range(30))),
+     ("ALL", tuple(range(30)))],
 )  # fmt: skip
 def test_good_layers(text: str, layers: tuple[int, ...]) -> None:
     """Blanks, duplicates, any order, all."""

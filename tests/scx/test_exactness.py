@@ -1,4 +1,4 @@
-"""Encoded layers change where numbers are, not what comes out; the whole matrix is `python -m scripts.scx exactness`."""
+"""Encoded layers change what is cached, not what comes out; the whole matrix: `python -m scripts.scx exactness`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from engine.attention.base import backends
+from engine.core.errors import ConfigError
 from engine.parts.cpu_kernels import CpuKernels
 from engine.parts.layer import Attention, PreNormLayer
 from engine.runner.batch import Row, pack
@@ -118,6 +119,33 @@ def test_greedy_tokens_equal_the_plain_models(family: str, tiny: dict[str, Path]
         assert oracle.run_greedy(engine, many, OUTPUTS) == wanted, name
         assert engine.executor.runner.scx.scx.secure.traffic.calls > 0
         engine.close()
+
+
+def test_scx_vllms_names_and_variables_reach_the_engine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A checkpoint of LlamaSCXForCausalLM and SCX_ENC_LAYERS through engine.LLM: encoded, and the same tokens; without
+    layers it is plain and says so; a variable that changes later is said to have no effect."""
+    from engine import LLM, SamplingParams
+
+    folder = models.tiny_llama_dir(tmp_path, 23)
+    rule, settings = SamplingParams(temperature=0.0, max_tokens=6), {"dtype": "float32", "kv_pool_bytes": 16 << 20}
+    with LLM(str(folder), **settings) as plain:
+        wanted = plain.generate([[7, 8, 9]], rule, use_tqdm=False)[0].outputs[0].token_ids
+    config = folder / "config.json"
+    config.write_text(config.read_text().replace("LlamaForCausalLM", "LlamaSCXForCausalLM"))
+    with LLM(str(folder), **settings) as plain:
+        assert plain.engine.executor.runner.scx is None
+    assert "architecture LlamaSCXForCausalLM without --scx-layers: every layer is plain" in caplog.text
+    monkeypatch.setenv("SCX_ENC_LAYERS", "0,1")
+    with LLM(str(folder), **settings) as encoded:
+        assert encoded.engine.executor.runner.scx.scx.config.layers == (0, 1)
+        assert "It is not encryption" in caplog.text and "no isolation" in caplog.text
+        monkeypatch.setenv("SCX_ENC_LAYERS", "0")
+        assert encoded.generate([[7, 8, 9]], rule, use_tqdm=False)[0].outputs[0].token_ids == wanted
+        assert "SCX_ENC_LAYERS changed after the engine was built" in caplog.text
+    with pytest.raises(ConfigError, match=r"layer 2 is outside 0\.\.1"):
+        LLM(str(folder), scx_layers="0,2", **settings)
 
 
 def test_preempted_requests_resume_under_another_key(tiny: dict[str, Path]) -> None:
