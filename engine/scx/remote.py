@@ -272,7 +272,8 @@ def geometry_of(
         made = frames.Geometry(
             model=model, scheme=config.scheme, layers=list(config.layers), seal_tokens=config.seal_tokens,
             segment_tokens=config.segment_tokens, heads=shape.heads, kv_heads=shape.kv_heads, head_dim=shape.head_dim,
-            slots=shape.slots, max_tokens=rope.shape[0], step_tokens=step_tokens, dtype=cast(frames.Dtype, names[dtype]),
+            slots=shape.slots, max_tokens=rope.shape[0], step_tokens=step_tokens,
+            dtype=cast(frames.Dtype, names[dtype]),
         )  # fmt: skip
         return frames.decode_geometry(frames.encode(made))  # the ranges are checked where frames are read
     except (KeyError, ValueError, msgspec.DecodeError) as error:
