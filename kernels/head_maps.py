@@ -26,10 +26,10 @@ class Rows(NamedTuple):
 
 def encode_store(
     qkv: torch.Tensor, cos_sin: torch.Tensor, rows: Rows, maps: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    k_view: torch.Tensor, v_view: torch.Tensor, heads: int, interleaved: bool = False,
+    k_view: torch.Tensor, v_view: torch.Tensor, heads: int, interleaved: bool = False, out: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """Rotates q and k, maps q, k and v by maps = (q's, k's, v's), stores k and v at [slot, position], returns q
-    (N, H, D).
+    (N, H, D), which is `out` where that is given.
 
     qkv (N, (H + 2G) * D); cos_sin (P, 2, D/2) fp32; k_view, v_view (S, C, G, D). Everything between qkv and the one
     rounding is fp32; a row's bits depend on that row and its maps alone. An order's entries must lie in 0..D-1; they
@@ -41,7 +41,7 @@ def encode_store(
         done = encode_reference(qkv, cos_sin, rows, *maps, heads, interleaved)
         where = (rows.slots.long(), rows.positions.long())
         k_view[where], v_view[where] = done[:, heads : heads + groups], done[:, heads + groups :]
-        return done[:, :heads].contiguous()
+        return done[:, :heads].contiguous() if out is None else out.copy_(done[:, :heads])
     tokens = rows.positions.shape[0]
     require_rows("qkv", qkv, (heads + 2 * groups) * dim, k_view.dtype)
     require(qkv.shape[0] == tokens, "qkv has %d rows for %d positions; want as many", qkv.shape[0], tokens)
@@ -52,11 +52,33 @@ def encode_store(
             dim // 2)  # fmt: skip
     for one in maps:
         _require_map(one, maps[0], heads, groups, dim)
-    q = torch.empty((tokens, heads, dim), dtype=qkv.dtype)
+    q = torch.empty((tokens, heads, dim), dtype=qkv.dtype) if out is None else out
+    require(tuple(q.shape) == (tokens, heads, dim) and q.dtype is qkv.dtype and q.is_contiguous(),
+            "out is %s %s; want (%d, %d, %d) contiguous", tuple(q.shape), q.dtype, tokens, heads, dim)  # fmt: skip
     ops.encode_store(qkv.data_ptr(), cos_sin.data_ptr(), *(column.data_ptr() for column in rows), q.data_ptr(),
                      kv_view(k_view, v_view, qkv.dtype), *(one.data_ptr() for one in maps), maps[0].dim() == 4,
                      maps[0].shape[0], tokens, heads, groups, dim, interleaved, cos_sin.shape[0])  # fmt: skip
     return q
+
+
+def encode(
+    qkv: torch.Tensor, cos_sin: torch.Tensor, rows: Rows, maps: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    heads: int, out: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """encode_store without slabs: q (N, H, D), k and v (N, G, D), one behind the other in out (N * (H + 2G) * D,)."""
+    count, (groups, dim) = qkv.shape[0], maps[1].shape[1:3]
+    parts = out.split([count * heads * dim, count * groups * dim, count * groups * dim])
+    q, k, v = (part.view(count, -1, dim) for part in parts)
+    if qkv.dtype not in OPS or qkv.device.type != "cpu":
+        done = encode_reference(qkv, cos_sin, rows, *maps, heads).split([heads, groups, groups], dim=1)
+        for into, rows_of in zip((q, k, v), done, strict=True):
+            into.copy_(rows_of)
+        return q, k, v
+    # every token is a slot of its own, in which all positions are the same place
+    own = rows._replace(slots=torch.arange(count, dtype=torch.int32))
+    places = [x.as_strided((count, cos_sin.shape[0], groups, dim), (groups * dim, 0, dim, 1)) for x in (k, v)]
+    encode_store(qkv, cos_sin, own, maps, places[0], places[1], heads, out=q)
+    return q, k, v
 
 
 def decode(attended: torch.Tensor, tables: torch.Tensor, out_map: torch.Tensor, heads: int) -> torch.Tensor:

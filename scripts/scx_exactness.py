@@ -1,6 +1,6 @@
 """Is an encoded layer's output the plain layer's? Every dtype, scheme, schedule, layout and attention backend.
 
-    python -m scripts.scx exactness [--only TEXT ...] [--head-dim 64]
+    python -m scripts.scx exactness [--only TEXT ...] [--head-dim 64] [--device cuda] [--secure-device cpu]
 
 Three sequences of random projections go through one encoded attention layer and one plain one, in the same steps over
 slabs of the same strides; both are compared with float64 on the unrounded projections. A case passes when, in float32,
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import torch
 
-from engine.attention.base import backends
+from engine.attention.base import backends, why_not
 from engine.loading.spec import ModelSpec, RopeSpec
 from engine.parts.kernel_set import kernel_sets
 from engine.parts.layer import Attention, AttentionPiece
@@ -36,7 +36,11 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SCHEMES = ("perm-static", "perm", "rotate", "mix")
 SCHEDULES = ("whole", "chunks of 1", "chunks of 7", "chunks of 64", "hybrid", "preempt and resume")
 LAYOUTS = ("mega", "per_layer")
-BACKENDS = {"torch_vattn": "torch", "cpu_vattn": "cpu"}  # with the kernel set that stores the plain layer's rows
+# attention backends of a device, with the kernel set that stores the plain layer's rows
+BACKENDS = {
+    "cpu": {"torch_vattn": "torch", "cpu_vattn": "cpu"},
+    "cuda": {"triton_vattn": "cuda", "fa_vattn": "cuda"},
+}
 EXTRAS = ("", "sealed", "segments", "sealed segments")
 LIMITS = {"float32": 5e-6, "perm": 5e-4, "rotate": 1.25, "mix": 1.5}
 
@@ -99,12 +103,12 @@ def schedule(name: str) -> list[list[Work]]:
     return steps
 
 
-def slabs(layout: str, dtype: torch.dtype, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+def slabs(layout: str, dtype: torch.dtype, head_dim: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Zeroed K and V views (S, C, G, D) with a layout's strides."""
     if layout == "mega":
-        both = torch.zeros(2, 4, TOKENS, LAYERS, GROUPS, head_dim, dtype=dtype)[:, :, :, LAYER]
+        both = torch.zeros(2, 4, TOKENS, LAYERS, GROUPS, head_dim, dtype=dtype, device=device)[:, :, :, LAYER]
     else:
-        both = torch.zeros(2, 4, TOKENS, GROUPS, head_dim, dtype=dtype)
+        both = torch.zeros(2, 4, TOKENS, GROUPS, head_dim, dtype=dtype, device=device)
     return both[0], both[1]
 
 
@@ -159,30 +163,31 @@ class Bench:
                 if start == 0 and secure is not None:
                     secure.close(slot)  # type: ignore[attr-defined]
                     secure.open(slot, bytes([slot, sequence]) * 8)  # type: ignore[attr-defined]
-            batch = pack([Row(slot, start, [0] * count, True) for _, slot, start, count in step])
+            batch = pack([Row(slot, start, [0] * count, True) for _, slot, start, count in step]).to(self.k.device)
             x = torch.cat([rows[sequence][start : start + count] for sequence, _, start, count in step])
-            done = torch.empty((x.shape[0], HEADS * self.head_dim), dtype=x.dtype)
-            self.piece(x, batch, done)
-            for (sequence, _, start, count), part in zip(step, done.split([work[3] for work in step]), strict=True):
+            done = torch.empty((x.shape[0], HEADS * self.head_dim), dtype=x.dtype, device=self.k.device)
+            self.piece(x.to(self.k.device), batch, done)
+            parts = done.cpu().split([work[3] for work in step])
+            for (sequence, _, start, count), part in zip(step, parts, strict=True):
                 out[sequence][start : start + count] = part
         return out
 
 
-def run_case(case: Case, head_dim: int = 64) -> Verdict:
+def run_case(case: Case, head_dim: int = 64, device: str = "cpu", secure_device: str = "cpu") -> Verdict:
     """Run both layers and judge."""
     dtype, spec = DTYPES[case.dtype], spec_of(head_dim)
     exact, steps = inputs(head_dim), schedule(case.schedule)
     rows = [row.to(dtype) for row in exact]
     rope = rope_table(spec.rope, head_dim, TOKENS, TOKENS)
-    backend, kernels = backends[case.backend](spec), kernel_sets[BACKENDS[case.backend]]()
-    k, v = slabs(case.layout, dtype, head_dim)
-    plain = Bench(Attention(kernels, backend, Same(), Same(), rope, k, v, HEADS, 0), k, v, head_dim)
+    backend, kernels = backends[case.backend](spec), kernel_sets[BACKENDS[device][case.backend]]()
+    k, v = slabs(case.layout, dtype, head_dim, device)
+    plain = Bench(Attention(kernels, backend, Same(), Same(), rope.to(device), k, v, HEADS, 0), k, v, head_dim)
     seal = 8 if "sealed" in case.extra else 0
     segment = 16 if "segments" in case.extra else 0
-    config = ScxConfig((LAYER,), scheme=case.scheme, seal_tokens=seal, segment_tokens=segment)
-    scx = open_scx(config, spec, rope, slots=4, max_tokens=TOKENS, compute=torch.device("cpu"),
+    config = ScxConfig((LAYER,), secure_device, case.scheme, seal_tokens=seal, segment_tokens=segment)
+    scx = open_scx(config, spec, rope, slots=4, max_tokens=TOKENS, compute=torch.device(device),
                    root=Secret(bytearray(range(32))))  # fmt: skip  # the same maps in every run
-    k, v = slabs(case.layout, dtype, head_dim)
+    k, v = slabs(case.layout, dtype, head_dim, device)
     piece = ScxAttention(LAYER, scx, scx.backend or backend, Same(), Same(), k, v, 0)
     encoded = Bench(piece, k, v, head_dim)
     with torch.inference_mode():
@@ -218,8 +223,11 @@ def judge(
     return Verdict(distance, ulps, ratio, same, within and same == 0)
 
 
-def cases() -> Iterator[Case]:
-    """The whole matrix. Segments have attention of their own, so there the backend plays no part."""
+def cases(device: str = "cpu") -> Iterator[Case]:
+    """The whole matrix. Segments have attention of their own, so there one backend is enough."""
+    fitting = {
+        dtype: [name for name in BACKENDS[device] if not why_not(name, device, dtype, 64)] for dtype in DTYPES
+    }
     for dtype in DTYPES:
         for extra in EXTRAS:
             for scheme in SCHEMES:
@@ -227,9 +235,8 @@ def cases() -> Iterator[Case]:
                     continue  # it has one key by definition; the configuration refuses it
                 for name in SCHEDULES:
                     for layout in LAYOUTS:
-                        for backend in BACKENDS:
-                            if backends[backend].missing() is None and ("segments" not in extra or "torch" in backend):
-                                yield Case(dtype, scheme, name, layout, backend, extra)
+                        for backend in fitting[dtype][: 1 if "segments" in extra else None]:
+                            yield Case(dtype, scheme, name, layout, backend, extra)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -237,16 +244,18 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m scripts.scx exactness", description=__doc__)
     parser.add_argument("--only", nargs="*", default=[], help="texts that a case's line must contain")
     parser.add_argument("--head-dim", type=int, default=64)
+    parser.add_argument("--device", choices=sorted(BACKENDS), default="cpu", help="the compute device")
+    parser.add_argument("--secure-device", default="cpu")
     options = parser.parse_args(argv)
     logging.getLogger("engine").setLevel(logging.ERROR)  # one statement of threats a case is too many
     torch.set_num_threads(1)  # the tensors are tiny
     failed: list[str] = []
     worst: dict[str, Verdict] = {}
     count = 0
-    for case in cases():
+    for case in cases(options.device):
         if not all(text in str(case) for text in options.only):
             continue
-        found = run_case(case, options.head_dim)
+        found = run_case(case, options.head_dim, options.device, options.secure_device)
         count += 1
         print(f"{'ok    ' if found.passed else 'FAILED'} {case!s:70} distance {found.distance:.1e}  "
               f"{found.ulps:5.2f} ulp  error x{found.ratio:.3f}  {found.same_rows} plaintext rows", flush=True)
@@ -256,5 +265,6 @@ def main(argv: Sequence[str]) -> int:
         if key not in worst or found.distance > worst[key].distance:
             worst[key] = found
     worst_of = {key: {"distance": v.distance, "ulps": v.ulps, "ratio": v.ratio} for key, v in worst.items()}
-    print(json.dumps({"cases": count, "failed": failed, "head_dim": options.head_dim, "worst": worst_of}))
+    print(json.dumps({"device": options.device, "secure_device": options.secure_device, "cases": count,
+                      "failed": failed, "head_dim": options.head_dim, "worst": worst_of}))  # fmt: skip
     return 1 if failed or not count else 0

@@ -64,8 +64,8 @@ def _say(config: ScxConfig, shape: HeadShape, compute: torch.device) -> None:
         log.warning("SCX: keys live in a process of their own (%s), on this machine and its kernel: whoever is root "
                     "here reads both", config.secure_device)
     else:
-        same = " and the compute device" if torch.device(config.secure_device).type == compute.type else ""
-        log.warning("SCX: the secure device %s%s share this process: no isolation", config.secure_device, same)
+        same = ", and is the compute device" if torch.device(config.secure_device).type == compute.type else ""
+        log.warning("SCX: the secure device %s is in this process%s: no isolation", config.secure_device, same)
     if config.scheme == "perm-static":
         log.warning("SCX scheme perm-static has one map for all requests and heads: for comparison only; use perm")
     if config.segment_tokens:

@@ -21,7 +21,7 @@ from engine.scx.config import ScxConfig
 from engine.scx.errors import LayerNotEncoded, OutOfOrder, ShapeMismatch, UnknownSession
 from engine.scx.keys import Label, Scope, Secret, SessionKeys, permutations
 from engine.scx.schemes import Maps, schemes
-from tessera_kernels.head_maps import Rows, decode, encode_store
+from tessera_kernels.head_maps import Rows, decode, encode, encode_store
 
 
 class Encoded(NamedTuple):
@@ -183,8 +183,9 @@ class LocalSecureSide(SecureSide):
             raise UnknownSession(f"slot {slot} has an open session; close it first")
         salt = b"static" if self.scheme.shared else nonce
         keys = SessionKeys(self._root, salt, self._scope, tenant=tenant, epoch=0 if self.scheme.shared else epoch)
-        self._sessions[slot] = Session(keys)
-        self._fill(slot, self._sessions[slot])
+        session = Session(keys)
+        self._fill(slot, session)
+        self._sessions[slot] = session
         self._next[:, slot] = 0
         return keys.namespace
 
@@ -265,21 +266,12 @@ class LocalSecureSide(SecureSide):
     def encode(self, layer: int, qkv: torch.Tensor, batch: Batch) -> Encoded:
         """See SecureSide."""
         place, step = self._claim(layer, qkv, batch)
-        maps, heads, groups = self._tables[place], self.shape.heads, self.shape.kv_heads
-        count = qkv.shape[0]
-        # a slab of one slot, with a place for each row and the row's own angles: the kernel of encode_store, its bits
-        k, v = (torch.empty((1, count, groups, self.shape.head_dim), dtype=qkv.dtype, device=self.device)
-                for _ in range(2))  # fmt: skip
-        each = torch.arange(count, dtype=torch.int32, device=self.device)
-        rows, angles = Rows(each, torch.zeros_like(each), step.rows.tables), self._rope[step.rows.positions.long()]
-        q = encode_store(qkv.to(self.device), angles, rows, (maps.q, maps.k, maps.v), k, v, heads)
-        self._count(qkv, qkv)
-        if self.compute == self.device:
-            return Encoded(q, k[0], v[0])
-        parts = (q, k[0], v[0])
-        moved = torch.cat([part.flatten() for part in parts]).to(self.compute)  # one transfer
-        split = moved.split([part.numel() for part in parts])
-        return Encoded(*(into.view(part.shape) for part, into in zip(parts, split, strict=True)))
+        maps, received = self._tables[place], qkv.to(self.device)
+        buffer = torch.empty(qkv.numel(), dtype=qkv.dtype, device=self.device)
+        done = encode(received, self._rope, step.rows, (maps.q, maps.k, maps.v), self.shape.heads, buffer)
+        self._count(qkv, buffer)
+        crossed = buffer.to(self.compute).split([part.numel() for part in done])  # one transfer for all three
+        return Encoded(*(part.view(like.shape) for part, like in zip(crossed, done, strict=True)))
 
     def encode_store(
         self, layer: int, qkv: torch.Tensor, batch: Batch, k: torch.Tensor, v: torch.Tensor

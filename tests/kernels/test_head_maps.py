@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tessera_kernels import native
-from tessera_kernels.head_maps import Rows, decode, decode_reference, encode_reference, encode_store
+from tessera_kernels.head_maps import Rows, decode, decode_reference, encode, encode_reference, encode_store
 from tessera_kernels.native import OPS
 from tests.kernels.cases import DTYPES, Chunk, angles, ragged, rand, same_bits, slab
 
@@ -57,6 +57,10 @@ def test_encode_store(dtype: torch.dtype, kind: str, dim: int, layers: int) -> N
     got = torch.cat([q, k[where], v[where]], dim=1).double()
     bound = (8e-3 if dtype is torch.bfloat16 else 4e-6) * (want.abs() + want.pow(2).mean().sqrt())
     assert bool(((got - want).abs() <= bound).all())
+    flat = torch.empty_like(qkv).flatten()
+    for part, stored in zip(encode(qkv, cos_sin, rows, tuple(maps), HEADS, flat), (q, k[where], v[where])):
+        assert same_bits(part, stored), "without slabs: the same bits"
+    assert same_bits(flat[: q.numel()].view(q.shape), q)
     if kind == "order":
         assert same_bits(v[where], encode_reference(qkv, cos_sin, rows, *maps, HEADS)[:, HEADS + GROUPS :])
     k[where], v[where] = 0, 0
