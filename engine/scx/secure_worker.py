@@ -28,6 +28,7 @@ from engine.core.clock import MonotonicClock
 from engine.core.errors import ConfigError
 from engine.scx import frames
 from engine.scx.audit import Audit
+from engine.scx.config import known_devices
 from engine.scx.errors import ScxError, WorkerRefused
 from engine.scx.keys import Secret, fresh_root, read_root
 from engine.scx.served import Limits, Served
@@ -44,27 +45,25 @@ MCL_CURRENT, MCL_FUTURE, MCL_ONFAULT = 1, 2, 4
 CAP_IPC_LOCK = 14
 
 
-def harden(root: Secret) -> str:
-    """No core dump, no debugger of the same user, no swap where the system permits it. Returns what came of it.
-
-    Locking later memory is left out where a limit would make later allocations fail.
-    """
+def harden() -> bool:
+    """No core dump, no debugger of the same user, no new privileges. Returns whether all memory, also what comes later,
+    is locked against swapping; that is left out where a limit would make later allocations fail."""
     libc = ctypes.CDLL(None, use_errno=True)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     for option, value in ((PR_SET_DUMPABLE, 0), (PR_SET_NO_NEW_PRIVS, 1)):
         if libc.prctl(option, value, 0, 0, 0) != 0:
             raise OSError(ctypes.get_errno(), f"prctl({option}) failed")
-    said = "no core dumps, not dumpable, "
     with open("/proc/self/status", encoding="ascii") as lines:
         effective = next(int(line.split()[1], 16) for line in lines if line.startswith("CapEff:"))
     unlimited = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0] == resource.RLIM_INFINITY
-    permitted = unlimited or effective >> CAP_IPC_LOCK & 1
-    if permitted and libc.mlockall(MCL_CURRENT | MCL_FUTURE | MCL_ONFAULT) == 0:
-        return said + "all memory locked"
+    permitted = unlimited or bool(effective >> CAP_IPC_LOCK & 1)
+    return permitted and libc.mlockall(MCL_CURRENT | MCL_FUTURE | MCL_ONFAULT) == 0
+
+
+def lock(root: Secret) -> bool:
+    """Lock the root secret alone against swapping. Returns whether the system permitted it."""
     address = ctypes.addressof(ctypes.c_char.from_buffer(root.data))
-    if libc.mlock(ctypes.c_void_p(address), ctypes.c_size_t(len(root.data))) == 0:
-        return said + "only the root secret locked in memory: session keys and maps may be swapped (ulimit -l)"
-    return said + "no memory locked: keys may be swapped (ulimit -l, or turn swap off)"
+    return bool(ctypes.CDLL(None).mlock(ctypes.c_void_p(address), ctypes.c_size_t(len(root.data))) == 0)
 
 
 def listen(path: str, *, others: bool) -> socket.socket:
@@ -257,15 +256,20 @@ def set_threads(count: int) -> None:
 
 def serve(options: argparse.Namespace, own_nonce: Callable[[int], bytes]) -> None:
     """From options to the end of the process's work. Raises ConfigError for what the user can fix."""
+    if options.device not in known_devices():
+        raise ConfigError(f"--device {options.device} is not a device here; use {' or '.join(known_devices())}")
+    all_locked = harden()
     root = fresh_root() if options.key_file is None else read_root(options.key_file)
-    said = harden(root)
+    locked = "all memory" if all_locked else "only the root secret" if lock(root) else "nothing"
     set_threads(max(1, options.threads))
     audit = Audit(options.audit_file)
     listener = listen(options.socket, others=options.allow_uid is not None)
     limits = Limits(options.device, options.limit_bytes)
     worker = Worker(listener, root, limits, audit, allow_uid=options.allow_uid, own_nonce=own_nonce)
-    log.info("secure worker %d at %s: root secret %s; %s", os.getpid(), options.socket,
-             "fresh" if options.key_file is None else "of a file", said)
+    log.info("secure worker %d at %s: root secret %s; no core dumps, not dumpable, %s locked in memory", os.getpid(),
+             options.socket, "fresh" if options.key_file is None else "of a file", locked)
+    if not all_locked:
+        log.warning("session keys and maps may be swapped to disk; raise `ulimit -l` or turn swap off")
     audit.note("start")
     try:
         worker.run(0 if options.lifeline else None)

@@ -149,6 +149,16 @@ def test_logits_equal_the_local_sides(name: str, tiny: Path, place: Place, monke
     assert name != "preempted" or preempted > 0, "nothing was preempted; the test proves nothing"
 
 
+def test_the_environment_names_a_worker(tiny: Path, place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SCX_SECURE_DEVICE=unix:PATH."""
+    monkeypatch.setenv("SCX_ENC_LAYERS", "1")
+    monkeypatch.setenv("SCX_SECURE_DEVICE", f"unix:{place.path}")
+    engine = oracle.make_engine(tiny)
+    assert side_of(engine).config.layers == (1,)
+    assert run(engine, requests(1))["0"][1] == "length"
+    engine.close()
+
+
 def encoded_rows(engine: EngineLoop, layers: tuple[int, ...], tokens: int) -> list[torch.Tensor]:
     """Copies of the first rows of the slots in use, K and V of each layer."""
     runner: Any = engine.executor.runner  # type: ignore[attr-defined]

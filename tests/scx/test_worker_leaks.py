@@ -65,6 +65,15 @@ def memory_has(pid: int, secrets: list[bytes]) -> list[bytes]:
     return found
 
 
+def sockets_of(pid: int) -> bytes:
+    """A process's sockets that are not Unix sockets, by inode."""
+    links = [os.readlink(link) for link in Path(f"/proc/{pid}/fd").iterdir()]
+    unix = {line.split()[6] for line in Path(f"/proc/{pid}/net/unix").read_text().splitlines()[1:]}
+    inodes = {link[len("socket:["):-1] for link in links if link.startswith("socket:[")}
+    assert inodes, "it has a socket"
+    return " ".join(inodes - unix).encode()
+
+
 @pytest.fixture(scope="module")
 def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """What both processes wrote, what /proc tells of them while a session is open, and what stands in their memory."""
@@ -80,6 +89,11 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
         model, ready = engine.stdout.readline(), engine.stdout.readline()
         if ready:
             found["model"] = bytes.fromhex(model.decode())
+            found["limits"] = Path(f"/proc/{worker.pid}/limits").read_bytes()
+            found["status"] = Path(f"/proc/{worker.pid}/status").read_bytes()
+            if MAY_LOOK:
+                found["maps"] = Path(f"/proc/{worker.pid}/maps").read_bytes()
+                found["sockets"] = sockets_of(worker.pid)
             for name, pid in (("engine", engine.pid), ("worker", worker.pid)):
                 found[f"{name} cmdline"] = Path(f"/proc/{pid}/cmdline").read_bytes()
                 with contextlib.nullcontext() if MAY_LOOK or name == "engine" else pytest.raises(PermissionError):
@@ -100,6 +114,18 @@ def test_a_planted_key_leaves_no_trace(told: dict[str, bytes]) -> None:
     for name, text in told.items():
         if name not in ("model", "worker memory"):
             assert not found_in(text, told["model"]), name
+
+
+def test_a_worker_is_hardened(told: dict[str, bytes]) -> None:
+    """No core dumps or new privileges, no socket but Unix sockets, no library of a server or of weights; the log tells
+    what is locked in memory."""
+    core = next(line for line in told["limits"].splitlines() if line.startswith(b"Max core file size"))
+    assert core.split()[4:6] == [b"0", b"0"] and b"NoNewPrivs:\t1" in told["status"]
+    locked_kb = next(int(line.split()[1]) for line in told["status"].splitlines() if line.startswith(b"VmLck"))
+    assert (locked_kb > 1000) == (b"all memory locked" in told["worker log"])
+    if MAY_LOOK:
+        assert told["sockets"] == b""
+        assert not any(name in told["maps"] for name in (b"safetensors", b"tokenizers", b"zmq", b"uvloop"))
 
 
 def test_the_search_finds_planted_leaks(told: dict[str, bytes]) -> None:
