@@ -65,8 +65,8 @@ class RemoteSecureSide(SecureSide):
             self._reach(START_S if self._own is not None else FIND_S)
         except (ScxError, ConfigError) as error:
             self.shut()
-            hint = ("" if self._own is not None
-                    else f"; start one: python -m engine.scx.secure_worker --socket {self._path}")
+            absent = self._own is None and isinstance(error, WorkerLost)
+            hint = f"; start one: python -m engine.scx.secure_worker --socket {self._path}" if absent else ""
             raise ConfigError(f"--scx-secure-device {config.secure_device}: {error}{hint}") from None
 
     # ------------------------------------------------------------ the connection

@@ -290,7 +290,7 @@ def main(argv: Sequence[str] | None = None, own_nonce: Callable[[int], bytes] = 
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)
     else:
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # KeyboardInterrupt, as Ctrl-C
     try:
         serve(options, own_nonce)
     except ConfigError as error:

@@ -32,6 +32,7 @@ from tests.scx.workers import (
     remote,
     rows_of,
     side_of,
+    start_process,
     worker_thread,
 )
 
@@ -378,6 +379,15 @@ def test_places_of_workers_are_checked(tmp_path: Path) -> None:
     second = listen(str(stale), others=False)
     assert stale.stat().st_mode & 0o777 == 0o600
     second.close()
+
+
+def test_sigterm_ends_a_worker_in_order(tmp_path: Path) -> None:
+    """Status 0, the socket removed, the audit closed with its end."""
+    path, audit = tmp_path / "socket", tmp_path / "audit"
+    process = start_process(str(path), more=("--audit-file", str(audit)))
+    process.terminate()
+    assert process.wait(10) == 0 and not path.exists()
+    assert [event.event for event in verify(str(audit))][-1] == "end"
 
 
 def test_a_changed_audit_shows(tmp_path: Path) -> None:
