@@ -185,8 +185,8 @@ class RemoteSecureSide(SecureSide):
     # ------------------------------------------------------------ rows
 
     def _ready(self, layer: int, batch: Batch) -> tuple[Link, frames.Region, list[frames.Chunk] | None]:
-        """The connection, its region, and the batch's chunks if it is a new step. Raises WorkerLost when a session
-        of the batch was lost."""
+        """The connection, its region, and the batch's chunks if it is a new step. Raises WorkerLost, LayerNotEncoded,
+        and UnknownSession where the present connection has no session of a slot."""
         link = self._link
         if link is None or link.region is None:
             raise WorkerLost("the secure worker is lost, and with it the sessions of running requests")

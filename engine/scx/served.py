@@ -187,12 +187,9 @@ def batch_of(chunks: Sequence[frames.Chunk], geometry: frames.Geometry) -> Batch
         total += end - start
     if total > g.step_tokens:
         raise ShapeMismatch(f"{total} rows in a step of at most {g.step_tokens}")
-    numbers = np.array(chunks, dtype=np.int32)
-    slots, starts, ends = numbers.T
+    slots, starts, ends = np.array(chunks, dtype=np.int32).T.copy()
     q_starts: np.ndarray = np.zeros(len(chunks) + 1, dtype=np.int32)
     np.cumsum(ends - starts, out=q_starts[1:])
-    positions = np.arange(total, dtype=np.int32) + np.repeat(starts - q_starts[:-1], ends - starts)
-    none = torch.zeros(total, dtype=torch.int64)  # tokens are not the worker's business
-    return Batch(none, torch.from_numpy(positions), torch.from_numpy(np.repeat(slots, ends - starts)),
-                 torch.from_numpy(slots.copy()), torch.from_numpy(q_starts), torch.from_numpy(ends.copy()),
-                 none[:0])  # fmt: skip
+    tokens = torch.empty(total, dtype=torch.int8)  # what they are, and rows one by one, is not the worker's business
+    none = tokens[:0]
+    return Batch(tokens, none, none, torch.from_numpy(slots), torch.from_numpy(q_starts), torch.from_numpy(ends), none)
