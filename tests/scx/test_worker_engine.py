@@ -36,6 +36,8 @@ CASES: dict[str, dict[str, Any]] = {
     "perm": {"scx_layers": "0,2"},
     "chunks": {"scx_layers": "all", "scx_scheme": "rotate", "chunk_tokens": 7},
     "preempted": {"scx_layers": "0,2", "scx_scheme": "mix", "scx_page_seal": True, "scx_seal_tokens": 8, **SMALL_POOL},
+    "whole": {"scx_layers": "0", "scheduler": "orca", "max_model_len": 128},
+    "batches": {"scx_layers": "0", "scheduler": "vllm", "max_model_len": 128, "scx_page_seal": True},
     "segments": {"scx_layers": "1", "scx_scheme": "mix", "scx_segment_tokens": 16, "chunk_tokens": 32},
 }
 
