@@ -39,7 +39,6 @@ from engine.runner.sampler import Sampler
 from engine.scx.attention import Scx
 from engine.scx.config import ALIASES, scx_config
 from engine.scx.environment import with_environment
-from engine.scx.open import open_scx
 from engine.scx.sessions import NONCE_BYTES, Sessions
 from vattention_ext import KvAllocator, KvGeometry
 
@@ -202,6 +201,8 @@ def scx_of(spec: ModelSpec, config: EngineConfig, geometry: KvGeometry, device: 
     asked = scx_config(config, spec)
     if asked is None:
         return None
+    from engine.scx.open import open_scx  # loads cryptography
+
     rope = rope_table(spec.rope, spec.head_dim, geometry.max_tokens, spec.max_positions)
     return open_scx(asked, spec, rope, slots=geometry.slots, max_tokens=geometry.max_tokens, compute=device,
                     dtype=getattr(torch, config.dtype), step_tokens=step_tokens(config, geometry))  # fmt: skip

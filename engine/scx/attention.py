@@ -15,10 +15,10 @@ import torch
 from engine.attention.base import AttentionBackend
 from engine.runner.batch import Batch
 from engine.scx.config import ScxConfig
-from engine.scx.secure import SealOrder, SecureSide
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # an engine without SCX loads no cryptography
     from engine.parts.kernel_set import Linear
+    from engine.scx.secure import SealOrder, SecureSide
 
 # observer(view, layer, tensors): what the compute device gets to see, by the view of an adversary that sees it first.
 #   "V1" the cache:        k, v (N, G, D) as they now stand in it, slots and positions (N,)

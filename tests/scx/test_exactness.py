@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,10 +13,12 @@ import torch
 
 from engine.attention.base import backends
 from engine.core.errors import ConfigError
+from engine.core.request import Request, SamplingParams
 from engine.parts.cpu_kernels import CpuKernels
 from engine.parts.layer import Attention, PreNormLayer
 from engine.runner.batch import Row, pack
 from engine.scx.attention import Scx, ScxAttention, shuffle_blocks
+from engine.scx.errors import OutOfOrder
 from engine.scx.secure import SealOrder
 from scripts import scx_exactness
 from scripts.scx_exactness import Case, Verdict, run_case
@@ -126,7 +130,7 @@ def test_scx_vllms_names_and_variables_reach_the_engine(
 ) -> None:
     """A checkpoint of LlamaSCXForCausalLM and SCX_ENC_LAYERS through engine.LLM: encoded, and the same tokens; without
     layers it is plain and says so; a variable that changes later is said to have no effect."""
-    from engine import LLM, SamplingParams
+    from engine import LLM
 
     folder = models.tiny_llama_dir(tmp_path, 23)
     rule, settings = SamplingParams(temperature=0.0, max_tokens=6), {"dtype": "float32", "kv_pool_bytes": 16 << 20}
@@ -240,6 +244,30 @@ def test_off_costs_nothing(tiny: dict[str, Path]) -> None:
     assert scx.secure.traffic.calls == 2 * 4  # of one layer: a prefill step and three of decodes
     plain.close()
     encoded.close()
+
+
+def test_a_plain_engine_loads_no_cryptography(root: Path) -> None:
+    """Start-up without SCX does not pay for it, and works where the library is missing."""
+    code = "import sys, engine.build\nprint({'cryptography', 'engine.scx.keys'} & set(sys.modules))"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.strip() == "set()"
+
+
+def test_a_refusal_ends_its_requests_and_nothing_goes_on_in_plaintext(
+    tiny: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fail closed: the requests of the step end with an error and without a token; the next ones are served."""
+    engine = oracle.make_engine(tiny["llama"], scx_layers="0,2")
+    wanted = oracle.run_greedy(engine, [[5, 6, 7]], 4)
+    secure = engine.executor.runner.scx.scx.secure
+    with monkeypatch.context() as patch:
+        patch.setattr(secure, "decode", lambda *_: (_ for _ in ()).throw(OutOfOrder("a planted refusal")))
+        engine.add(Request("x", (5, 6, 7), SamplingParams(max_tokens=4), arrival_s=0.0))
+        updates = [update for _ in range(3) if engine.has_work for update in engine.step()]
+    assert [(update.request_id, update.tokens, update.finish_reason) for update in updates] == [("x", (), "error")]
+    assert oracle.run_greedy(engine, [[5, 6, 7]], 4) == wanted
+    engine.close()
 
 
 def test_an_observer_sees_what_crosses_and_changes_nothing(tiny: dict[str, Path]) -> None:
