@@ -22,7 +22,7 @@ from engine.core.errors import ConfigError
 from engine.core.growth import GrowthForecast
 from engine.core.ledger import ADMISSION_RULES, KvLedger
 from engine.core.loop import EngineLoop
-from engine.core.policies import ChunkSchedule, Pace, make_policy
+from engine.core.policies import DEFAULT_CHUNK_TOKENS, ChunkSchedule, Pace, make_policy
 from engine.core.request import SamplingParams
 from engine.core.scheduler import Scheduler
 from engine.exec.local import LocalExecutor
@@ -244,6 +244,14 @@ def make_store(
     return store
 
 
+def step_tokens(config: EngineConfig, geometry: KvGeometry) -> int:
+    """Rows of the largest step that any policy makes: whole prompts, or a budget, and a token for every slot."""
+    if config.scheduler in ("orca", "faster_transformer"):
+        return geometry.slots * geometry.max_tokens
+    budgets = (geometry.max_tokens, config.chunk_tokens or DEFAULT_CHUNK_TOKENS, config.high_chunk_tokens or 0)
+    return max(budgets) + geometry.slots
+
+
 def scx_of(spec: ModelSpec, config: EngineConfig, geometry: KvGeometry, device: torch.device) -> Scx | None:
     """What the encoded layers share; None when there are none."""
     asked = scx_config(config, spec)
@@ -252,7 +260,8 @@ def scx_of(spec: ModelSpec, config: EngineConfig, geometry: KvGeometry, device: 
     from engine.scx.open import open_scx  # loads cryptography
 
     rope = rope_table(spec.rope, spec.head_dim, geometry.max_tokens, spec.max_positions)
-    return open_scx(asked, spec, rope, slots=geometry.slots, max_tokens=geometry.max_tokens, compute=device)
+    return open_scx(asked, spec, rope, slots=geometry.slots, max_tokens=geometry.max_tokens, compute=device,
+                    dtype=getattr(torch, config.dtype), step_tokens=step_tokens(config, geometry))  # fmt: skip
 
 
 def set_threads(threads: int, kernel_name: str) -> None:

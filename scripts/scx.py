@@ -13,6 +13,7 @@ COMMANDS = {
     "exactness": ("scripts.scx_exactness", "encoded attention against plain, over dtypes, schemes and schedules"),
     "leakage": ("scripts.scx_attacks.cli", "what attackers recover from encoded keys and values, by scheme"),
     "overhead": ("scripts.scx_overhead", "milliseconds a step with and without encoded layers, in turns"),
+    "worker": ("scripts.scx_worker", "the same with keys in a process of their own; stages, bytes and calls"),
 }
 
 

@@ -174,7 +174,8 @@ class EngineConfig:
         help='layers whose queries, keys and values are encoded: 0,27 or all or "" (docs/scx.md says what it protects)')
     scx_secure_device: str | None = knob(
         None, group="scx", default_text="SCX_SECURE_DEVICE, else cpu",
-        help="where keys and maps live: cpu or cuda:N, in this process (no isolation)")
+        help="where keys and maps live: cpu or cuda:N, in this process (no isolation); worker, a process of its own; "
+             "unix:PATH, one that runs (python -m engine.scx.secure_worker)")
     scx_scheme: str | None = knob(
         None, choices=SCX_SCHEMES, spellings={"perm_static": "perm-static"}, group="scx", default_text="perm",
         help="secret maps: permutations, orthogonal (rotate) or invertible (mix) matrices; perm-static is for tests")

@@ -30,6 +30,7 @@ from engine.runner.graphs import DecodeGraphs
 from engine.runner.newest import NewestTokens
 from engine.runner.pieces import PieceGraphs
 from engine.runner.sampler import Pick, RawRows, Sampler
+from engine.scx.errors import WorkerLost
 from engine.scx.sessions import Sessions
 
 
@@ -52,10 +53,16 @@ class Launched:
     step_id: int
     sampling: list[Chunk]
     refused: tuple[int, ...]
+    failed: tuple[Failure, ...] = ()
     picked: torch.Tensor | None = None
     done: torch.cuda.Event | None = None
     watched: Sequence[int] = ()
     top: tuple[torch.Tensor, torch.Tensor] | None = None
+
+
+def _failures(chunks: list[Chunk]) -> tuple[Failure, ...]:
+    """What is said of sequences whose keys were lost."""
+    return tuple(Failure(chunk.seq_id, chunk.epoch, "the secure worker was lost; try again") for chunk in chunks)
 
 
 class Runner:
@@ -106,7 +113,9 @@ class Runner:
                 continue
             sequence.computed = chunk.end
             chunks.append(chunk)
-        launched = Launched(plan.step_id, [chunk for chunk in chunks if chunk.samples], tuple(refused))
+        lost = [] if self.scx is None else [chunk for chunk in chunks if self.scx.lost(chunk.seq_id)]
+        chunks = [chunk for chunk in chunks if chunk not in lost] if lost else chunks
+        launched = Launched(plan.step_id, [chunk for chunk in chunks if chunk.samples], tuple(refused), _failures(lost))
         if chunks:
             self._forward(plan, chunks, launched)
         return launched
@@ -124,7 +133,10 @@ class Runner:
         on_cpu = self.device.type == "cpu"
         if on_cpu:  # nothing runs behind our back here: pages for the next step are mapped while this one computes
             self.store.look_ahead(plan)
-        picked = self._sample(host, picks, launched)
+        try:
+            picked = self._sample(host, picks, launched)
+        except WorkerLost:  # nothing of the step may be used, and nothing is made up for it in plaintext
+            launched.sampling, launched.failed, picked = [], launched.failed + _failures(chunks), None
         if on_cpu:
             launched.picked = picked
             return
@@ -167,7 +179,7 @@ class Runner:
         if launched.done is not None:
             launched.done.synchronize()
         tokens: list[int] = [] if launched.picked is None else launched.picked.tolist()
-        good, failed = [], []
+        good, failed = [], list(launched.failed)
         for chunk, token in zip(launched.sampling, tokens, strict=True):
             if token < 0:
                 failed.append(Failure(chunk.seq_id, chunk.epoch, "its logits are not finite"))

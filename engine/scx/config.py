@@ -18,12 +18,13 @@ from engine.scx.environment import parse_layers
 # Architectures whose attention is: project, rotate, attend, project back.
 ARCHITECTURES = ("LlamaForCausalLM", "LlamaSCXForCausalLM", "Qwen2ForCausalLM", "Qwen2SCXForCausalLM")
 ALIASES = ("LlamaSCXForCausalLM", "Qwen2SCXForCausalLM")
+OWN_WORKER, UNIX = "worker", "unix:"  # secure devices that are processes
 
 
 @dataclass(frozen=True, slots=True)
 class ScxConfig:
-    """layers: encoded ones, rising. secure_device: a torch device. seal_tokens: 0 = rows keep their order.
-    segment_tokens: 0 = one key a request."""
+    """layers: encoded ones, rising. secure_device: a torch device, or a worker (in_worker). seal_tokens: 0 = rows keep
+    their order. segment_tokens: 0 = one key a request."""
 
     layers: tuple[int, ...]
     secure_device: str = "cpu"
@@ -38,6 +39,11 @@ class ScxConfig:
         """Whether full blocks of rows are shuffled."""
         return self.seal_tokens > 0
 
+    @property
+    def in_worker(self) -> bool:
+        """Whether the secure side is a process of its own."""
+        return self.secure_device == OWN_WORKER or self.secure_device.startswith(UNIX)
+
 
 def known_devices() -> list[str]:
     """Devices that can be the secure one here."""
@@ -47,8 +53,11 @@ def known_devices() -> list[str]:
 def device_of(text: str) -> str:
     """The secure device, checked. Raises ConfigError naming it and the devices that are there."""
     name = "cuda:0" if text == "cuda" else text
+    if name == OWN_WORKER or (name.startswith(UNIX) and name != UNIX):
+        return name
     if name not in known_devices():
-        raise ConfigError(f"--scx-secure-device {text!r} is not a device here; use {' or '.join(known_devices())}")
+        raise ConfigError(f"--scx-secure-device {text!r} is not a device here; use {' or '.join(known_devices())}, "
+                          f"{OWN_WORKER} (a process of its own, started here) or {UNIX}PATH (of a running worker)")
     return name
 
 
@@ -78,6 +87,9 @@ def scx_config(config: EngineConfig, spec: ModelSpec) -> ScxConfig | None:
         window = spec.layer_windows[windows[0]]
         raise ConfigError(f"{what}: layer {windows[0]} has a sliding window of {window} tokens, which would cut "
                           "through a block; leave it out, or leave that layer out of --scx-layers")
+    if config.scx_key_file and (config.scx_secure_device or "").startswith(UNIX):
+        raise ConfigError(f"--scx-key-file with --scx-secure-device {config.scx_secure_device}: the worker holds the "
+                          "root secret; give it --key-file instead")
     return ScxConfig(
         layers=layers,
         secure_device=device_of(config.scx_secure_device or "cpu"),

@@ -15,7 +15,8 @@ from engine.scx.attention import Scx
 from engine.scx.config import ScxConfig
 from engine.scx.environment import DEVICE, LAYERS
 from engine.scx.keys import Secret, fresh_root, read_root
-from engine.scx.secure import HeadShape, LocalSecureSide
+from engine.scx.remote import RemoteSecureSide
+from engine.scx.secure import HeadShape, LocalSecureSide, SecureSide
 from engine.scx.segments import SegmentBackend, SegmentedSide
 
 log = logging.getLogger(__name__)
@@ -36,25 +37,35 @@ def model_identity(spec: ModelSpec) -> bytes:
 
 def open_scx(
     config: ScxConfig, spec: ModelSpec, rope: torch.Tensor, *, slots: int, max_tokens: int, compute: torch.device,
-    root: Secret | None = None,
+    root: Secret | None = None, dtype: torch.dtype = torch.float32, step_tokens: int | None = None,
 ) -> Scx:  # fmt: skip
     """An engine's secure side. rope: (P, 2, D/2) float32. root: instead of the configured one, which is a key file's
-    or a fresh one. Raises ConfigError for a key file that cannot be used."""
+    or a fresh one. dtype and step_tokens (rows of the largest step; None: whatever fits) are for a worker. Raises
+    ConfigError for a key file that cannot be used, or a worker that cannot be reached."""
     shape = HeadShape(spec.heads, spec.kv_heads, spec.head_dim, slots, max_tokens)
-    if root is None:
-        root = fresh_root() if config.key_file is None else read_root(config.key_file)
     _say(config, shape, compute)
-    if config.segment_tokens:
-        side = SegmentedSide(config, shape, rope, root, model_identity(spec), compute)
-        return Scx(config, side, backend=SegmentBackend(config.segment_tokens, spec.head_dim**-0.5))
-    return Scx(config, LocalSecureSide(config, shape, rope, root, model_identity(spec), compute))
+    side: SecureSide
+    if config.in_worker:
+        most = min(step_tokens or slots * max_tokens, slots * max_tokens)
+        side = RemoteSecureSide(config, shape, rope, model_identity(spec), compute, dtype=dtype, step_tokens=most)
+    else:
+        if root is None:
+            root = fresh_root() if config.key_file is None else read_root(config.key_file)
+        make = SegmentedSide if config.segment_tokens else LocalSecureSide
+        side = make(config, shape, rope, root, model_identity(spec), compute)
+    backend = SegmentBackend(config.segment_tokens, spec.head_dim**-0.5) if config.segment_tokens else None
+    return Scx(config, side, backend=backend)
 
 
 def _say(config: ScxConfig, shape: HeadShape, compute: torch.device) -> None:
     layers = ",".join(map(str, config.layers))
     log.warning(THREATS, layers)
-    same = ", and is the compute device" if torch.device(config.secure_device).type == compute.type else ""
-    log.warning("SCX: the secure device %s is in this process%s: no isolation", config.secure_device, same)
+    if config.in_worker:
+        log.warning("SCX: keys live in a process of their own (%s), on this machine and its kernel: whoever is root "
+                    "here reads both", config.secure_device)
+    else:
+        same = ", and is the compute device" if torch.device(config.secure_device).type == compute.type else ""
+        log.warning("SCX: the secure device %s is in this process%s: no isolation", config.secure_device, same)
     if config.scheme == "perm-static":
         log.warning("SCX scheme perm-static has one map for all requests and heads: for comparison only; use perm")
     if config.segment_tokens:

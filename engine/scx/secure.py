@@ -75,6 +75,10 @@ class SecureSide(ABC):
     def close(self, slot: int) -> None:
         """End a session and clear what was derived for it. Without one, nothing happens."""
 
+    def holds(self, slot: int) -> bool:
+        """Whether a session that was opened on a slot is still there: False once it was lost with its holder."""
+        return True
+
     @abstractmethod
     def encode(self, layer: int, qkv: torch.Tensor, batch: Batch) -> Encoded:
         """qkv: (N, (H + 2G) * D), the projections of the batch's rows before rotation."""

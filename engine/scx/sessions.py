@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection
 
 from engine.core.plan import StepPlan
 from engine.scx.attention import Scx
+from engine.scx.errors import WorkerLost
 
 NONCE_BYTES = 16
 
@@ -23,7 +24,8 @@ class Sessions:
         self._slots: dict[int, int] = {}
 
     def follow(self, plan: StepPlan, refused: Collection[int], slot_of: Callable[[int], int]) -> None:
-        """After the plan's memory was applied. refused: sequences that hold no slot now. Raises ScxError."""
+        """After the plan's memory was applied. refused: sequences that hold no slot now. Raises ScxError; where the
+        secure side is lost, sequences get no session instead (lost())."""
         for seq_id in plan.releases:
             self._close(seq_id)
         for seq_id in refused:
@@ -32,8 +34,16 @@ class Sessions:
             if admission.seq_id not in refused:
                 slot = slot_of(admission.seq_id)
                 nonce = secrets.token_bytes(NONCE_BYTES)
-                self.namespaces[admission.seq_id] = self.scx.secure.open(slot, nonce, epoch=admission.epoch)
+                try:
+                    self.namespaces[admission.seq_id] = self.scx.secure.open(slot, nonce, epoch=admission.epoch)
+                except WorkerLost:
+                    continue
                 self._slots[admission.seq_id] = slot
+
+    def lost(self, seq_id: int) -> bool:
+        """Whether a sequence's session is gone, so that none of its rows can be encoded any more."""
+        slot = self._slots.get(seq_id)
+        return slot is None or not self.scx.secure.holds(slot)
 
     def _close(self, seq_id: int) -> None:
         self.namespaces.pop(seq_id, None)
