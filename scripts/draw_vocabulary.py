@@ -1,0 +1,81 @@
+"""The picture of docs/experiments/adaptivocab.md from its JSON files: `python -m scripts.draw_vocabulary FILES`.
+
+It draws what `scripts.vocabulary_experiment` wrote and computes nothing but ratios to 1 character.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+
+OUT = Path(__file__).resolve().parent.parent / "docs" / "experiments" / "adaptivocab.svg"
+PLAIN, PATCHED, OTHER = "#7a8ba8", "#c8553d", "#d9d9d9"
+MODELS = {"untouched": OTHER, "plain, tuned": PLAIN, "patched, not tuned": "#e8b4a8", "patched, tuned": PATCHED}
+
+
+def main() -> None:
+    """See the module's docstring."""
+    parser = argparse.ArgumentParser(prog="python -m scripts.draw_vocabulary", description=__doc__)
+    parser.add_argument("results", type=Path, nargs="+", help="JSON files of scripts.vocabulary_experiment")
+    parser.add_argument("--out", type=Path, default=OUT)
+    args = parser.parse_args()
+    found = [json.loads(path.read_text("utf-8")) for path in args.results]
+    figure = Figure(figsize=(11, 3.4 * len(found)), layout="constrained")
+    FigureCanvasSVG(figure)
+    rows = figure.subplots(len(found), 3, squeeze=False)
+    for row, result in zip(rows, found, strict=True):
+        draw_bits(row[0], result)
+        draw_costs(row[1], result)
+        draw_training(row[2], result)
+        row[0].set_ylabel(result["workload"].removeprefix("adaptivocab-") + f", {result['device']}", fontweight="bold")
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(args.out, metadata={"Date": None})
+    print(args.out)
+
+
+def draw_bits(axes: Any, result: dict[str, Any]) -> None:
+    """Bits per byte of the four models, with their intervals."""
+    scores = result["bits_per_byte"]
+    for place, (name, colour) in enumerate(MODELS.items()):
+        score = scores[name]
+        spread = [[score["value"] - score["low"]], [score["high"] - score["value"]]]
+        axes.bar(place, score["value"], color=colour, yerr=spread, capsize=3)
+        axes.text(place, score["high"] + 0.02, f"{score['value']:.3f}", ha="center", fontsize=8)
+    axes.set_xticks(range(len(MODELS)), [name.replace(", ", ",\n") for name in MODELS], fontsize=8)
+    axes.set_title("bits per byte, held out (less is better)", fontsize=10)
+
+
+def draw_costs(axes: Any, result: dict[str, Any]) -> None:
+    """What a character costs with the patched vocabulary, of the plain one's."""
+    plain, patched = (result["serving"][name] for name in ("plain, tuned", "patched, tuned"))
+    figures = {"tokens in": "tokens_per_char_in", "tokens out": "tokens_per_char_out", "KV bytes": "kv_bytes_per_char"}
+    ratios = {label: patched[key] / plain[key] for label, key in figures.items()}
+    ratios["seconds"] = 1 / result["serving"]["patched over plain"]
+    axes.bar(range(len(ratios)), ratios.values(), color=PATCHED)
+    for place, ratio in enumerate(ratios.values()):
+        axes.text(place, ratio + 0.02, f"{ratio:.2f}", ha="center", fontsize=8)
+    axes.axhline(1, color=PLAIN, linewidth=1.5)
+    axes.set_xticks(range(len(ratios)), ratios, fontsize=8)
+    axes.set_ylim(0, 1.2)
+    axes.set_title("per character, plain = 1", fontsize=10)
+
+
+def draw_training(axes: Any, result: dict[str, Any]) -> None:
+    """Held-out bits per byte over the text that was read."""
+    for name, colour in (("plain, tuned", PLAIN), ("patched, tuned", PATCHED)):
+        run = result["training"][name]
+        megabytes = run["corpus_utf8_bytes"] / run["steps"] / 1e6
+        points = [(row["step"] * megabytes, row["bits_per_byte"]) for row in run["evaluations"]]
+        axes.plot(*zip(*points, strict=True), "o-", color=colour, label=name.split(",")[0])
+    axes.set_xlabel("MB of text read", fontsize=8)
+    axes.legend(fontsize=8)
+    axes.set_title("bits per byte while tuning", fontsize=10)
+
+
+if __name__ == "__main__":
+    main()
