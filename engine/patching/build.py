@@ -343,7 +343,8 @@ def _report(options: Options, base: _Base, stream: TokenStream, made: _Made) -> 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `python -m scripts.patch build`."""
     add = parser.add_argument
-    add("--base", required=True, metavar="TOKENIZER", help="folder with the base's tokenizer.json, .gguf file or hub id")
+    add("--base", required=True, metavar="TOKENIZER",
+        help="folder with the base's tokenizer.json, .gguf file or hub id")
     add("--corpus", type=Path, nargs="+", required=True, metavar="FILE",
         help=".jsonl (one object a line) or plain text files, or folders of them; .gz is read too")
     add("--out", type=Path, required=True, metavar="DIR", help="where the vocabulary and report.json go")
@@ -369,7 +370,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Build as the flags say and print the table. Returns the exit status."""
     options = Options(
-        base=_base_folder(args.base, not args.no_progress), corpus=tuple(args.corpus), num_tokens=args.num_tokens, max_n=args.max_n,
+        base=_base_folder(args.base, not args.no_progress), corpus=tuple(args.corpus),
+        num_tokens=args.num_tokens, max_n=args.max_n,
         within_word=args.within_word, kind=args.kind, held_out=tuple(args.held_out),
         held_out_fraction=args.held_out_fraction, ood=_domains(args.ood), documents=args.documents,
         text_field=args.field, deduplicate=not args.keep_copies, scratch=args.scratch, date=args.date,

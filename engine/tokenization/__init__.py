@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from engine.tokenization.chat import ChatTemplate
-    from engine.tokenization.hf import HfTokenizer, load_tokenizer
+    from engine.tokenization.hf import HfTokenizer
+    from engine.tokenization.load import load_tokenizer
     from engine.tokenization.stream import Delta, Detokenizer
     from engine.tokenization.vocabulary import Tokenizer
 
@@ -21,7 +22,7 @@ _HOMES = {
     "Detokenizer": "stream",
     "HfTokenizer": "hf",
     "Tokenizer": "vocabulary",
-    "load_tokenizer": "hf",
+    "load_tokenizer": "load",
 }
 
 __all__ = ["ChatTemplate", "Delta", "Detokenizer", "HfTokenizer", "Tokenizer", "load_tokenizer"]

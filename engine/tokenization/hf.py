@@ -26,7 +26,7 @@ NAMED_SPECIALS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token
 
 
 class HfTokenizer:
-    """A Tokenizer (see vocabulary.py) over one folder. Make it with load_tokenizer."""
+    """A Tokenizer (see vocabulary.py) over one folder. Make it with load_tokenizer (load.py)."""
 
     def __init__(self, backend: tokenizers.Tokenizer, table: PieceTable, named: Mapping[str, str],
                  chat: ChatTemplate | None, bos_id: int | None, eos_ids: tuple[int, ...]) -> None:
@@ -143,21 +143,6 @@ def check_unicode(text: str) -> None:
     except UnicodeEncodeError as error:
         raise RequestError(f"the text has a lone surrogate at character {error.start}, which is not valid "
                            "Unicode; send the whole character", "prompt") from None
-
-
-def load_tokenizer(path_or_name: str | Path, patch: str | Path | None = None) -> Tokenizer:
-    """The tokenizer of a model folder (or of the folder that holds the given tokenizer.json).
-
-    patch: the folder of a patched vocabulary (docs/vocabularies.md) for that tokenizer; None = the one inside the
-    model folder, if there is one. Raises LoadError, one line, naming file and reason.
-    """
-    path = Path(path_or_name).expanduser()
-    own = (path.parent if path.is_file() else path) / "patch"
-    if patch is None and not (own / "patch.json").is_file():
-        return load_base_tokenizer(path)[0]
-    from engine.tokenization.patched import load_patched  # numpy is imported only where it is needed
-
-    return load_patched(path, own if patch is None else Path(patch).expanduser())
 
 
 def load_base_tokenizer(path_or_name: str | Path) -> tuple[HfTokenizer, dict[str, Any]]:
