@@ -142,7 +142,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--token-s", type=float, default=1e-5)
     add("--out", type=Path, help="write the results as JSON")
     options = parser.parse_args(arguments)
-    vars(options).update(policy="sarathi", admission="exact", max_model_len=4096, depth=1, abort=0.0, refuse=0.0)
+    vars(options).update(policy="sarathi", admission="exact", max_model_len=4096, depth=1, abort=0.0, refuse=0.0,
+                         tbt_target_ms=None)
     return options
 
 
