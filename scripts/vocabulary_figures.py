@@ -48,17 +48,15 @@ def training_facts(folder: Path) -> dict[str, Any]:
 
 
 def score(model: Path, documents: list[str], device: str) -> list[float]:
-    """Bits of each document under the model, scored whole, from its first token on."""
-    import torch
-
+    """Bits of each document under the model, scored whole, from its first token on, products in bfloat16."""
     from engine.patching import train_step
 
     tokenizer = load_tokenizer(model)
-    network = train_step.load_model(model, device).to(torch.bfloat16 if device == "cuda" else torch.float32)
+    network = train_step.load_model(model, device)
     bits = []
     for text in tqdm(documents, desc=f"scoring {model.name}", unit="doc"):
         ids, size = tokenizer.encode(text, False), len(text.encode())
-        loss = train_step.evaluate(network, [(ids, size)], CONTEXT, tokenizer.eos_ids[0], False)
+        loss = train_step.evaluate(network, [(ids, size)], CONTEXT, tokenizer.eos_ids[0], True)
         bits.append(loss.bits_per_byte * size)
     return bits
 
