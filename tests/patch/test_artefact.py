@@ -9,11 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from engine.core.errors import LoadError
 from engine.patching import errors
-from engine.patching.artefact import Artefact, allocate, allocate_merges, read, write
+from engine.patching.artefact import Artefact, _rows, _to_arrays, allocate, allocate_merges, read, write
 from engine.patching.base import BaseVocabulary, canonical_sha256, load_base
 from engine.patching.invariants import check, check_rows, dead_ngrams
 from engine.patching.place import ARRAYS_NAME, JSON_NAME, find
@@ -110,6 +111,14 @@ def test_arrays_with_a_matching_hash_may_still_be_garbage(tmp_path: Path, made: 
     _json(lambda value: value["arrays"].update(promised))(tmp_path)
     with pytest.raises(errors.MalformedFile):
         read(tmp_path)
+
+
+def test_offsets_that_wrap_are_refused(made: Artefact) -> None:
+    """The difference of -2 and 2^31 - 1 is positive in 32 bits; such rows copied all parts again and again."""
+    arrays = dict(_to_arrays(made))
+    arrays["ngram_offsets"] = np.array([0, *[5, 2**31 - 1, -2] * 3, arrays["ngram_parts"].size], "<i4")
+    with pytest.raises(ValueError, match="ngram_offsets do not run"):
+        _rows("ngram", arrays)
 
 
 def _broken(made: Artefact, base: BaseVocabulary) -> list[tuple[type[errors.ArtefactError], Artefact]]:
