@@ -142,6 +142,8 @@ FIELDS: list[tuple[str, dict[str, Any], str, str]] = [
     (C, {"suffix": "end"}, "suffix", "not supported"),
     (C, {"logit_bias": {"5": 101}}, "logit_bias", "101"),
     (C, {"logit_bias": {"5": True}}, "logit_bias", "True"),
+    (C, {"logit_bias": {"5": 10**400}}, "logit_bias", "more than 128 bits"),
+    (C, {"logit_bias": {"5": -(10**400)}}, "logit_bias", "more than 128 bits"),
     (C, {"logit_bias": {"512": 1}}, "logit_bias", "512"),
     (C, {"logit_bias": {"-1": 1}}, "logit_bias", "-1"),
     (C, {"logit_bias": {"05": 1}}, "logit_bias", "05"),
