@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from engine.core.errors import RequestError
-from engine.patching.artefact import allocate, write
+from engine.patching.artefact import allocate, allocate_merges, write
 from engine.patching.base import load_base
 from engine.tokenization import ChatTemplate, HfTokenizer, load_tokenizer
 from engine.tokenization.patched import PatchedTokenizer, _stretches
@@ -158,6 +158,19 @@ def test_no_ngram_reaches_across_a_part(tmp_path: Path) -> None:
     assert ids == base_ids != tokenizer.encode("<|im_start|>user\nThe quick<|im_end|>", False)
     across = [Part("<|im_start|>user\nTh", True), Part("e quick", False)]  # a base token may cross; nothing joins it
     assert tokenizer.encode_parts(across) == (base_ids[:-1], base_ids[:-1])
+
+
+def test_no_appended_merge_reaches_across_a_part(tmp_path: Path) -> None:
+    """A merge of the template's last token and the user's first is taken apart; within a part it stays."""
+    write_tiny_tokenizer(tmp_path)
+    plain = load_tokenizer(tmp_path)
+    line, letter = plain.encode("user", False), plain.encode("z", False)
+    assert plain.encode("userz", False) == line + letter
+    write(allocate_merges(load_base(tmp_path), [(line[-1], letter[0])]), tmp_path / "patch")
+    tokenizer = load_tokenizer(tmp_path)
+    ids, base_ids = tokenizer.encode_parts([Part("<|im_start|>user", True), Part("z userz", False)])
+    assert base_ids == plain.encode("<|im_start|>userz userz", False)
+    assert ids[: len(line) + 2] == base_ids[: len(line) + 2] and len(ids) == len(base_ids) - 1
 
 
 def test_base_ids_become_the_ids_of_their_text(tmp_path: Path) -> None:
