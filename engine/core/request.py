@@ -40,10 +40,11 @@ def _require_float(name: str, value: object, low: float, high: float, *, low_ope
 
     Compared as it is: an integer of 400 digits has no float.
     """
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        if (low < value if low_open else low <= value) and value <= high:
-            return
-    raise RequestError(f"{name}={_shown(value)} is not a number in {'(' if low_open else '['}{low}, {high}]", param=name)
+    good = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if good and (low < value if low_open else low <= value) and value <= high:  # type: ignore[operator]
+        return
+    allowed = f"{'(' if low_open else '['}{low}, {high}]"
+    raise RequestError(f"{name}={_shown(value)} is not a number in {allowed}", param=name)
 
 
 def check_token_ids(name: str, ids: Sequence[int], vocab: int) -> None:

@@ -19,7 +19,7 @@ from engine.tokenization.byte_table import build_table
 from engine.tokenization.chat import ChatTemplate, find_template
 from engine.tokenization.inert import Inert
 from engine.tokenization.jsonfile import parse_object, read_bytes, read_optional_object
-from engine.tokenization.vocabulary import Encoded, Part, PieceTable, Tokenizer
+from engine.tokenization.vocabulary import Encoded, Part, PieceTable
 
 MAX_TOKENIZER_BYTES = 256 << 20
 NAMED_SPECIALS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")

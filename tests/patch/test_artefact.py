@@ -18,6 +18,8 @@ from engine.patching.artefact import Artefact, _rows, _to_arrays, allocate, allo
 from engine.patching.base import BaseVocabulary, canonical_sha256, load_base
 from engine.patching.invariants import check, check_rows, dead_ngrams
 from engine.patching.place import ARRAYS_NAME, JSON_NAME, find
+from engine.tokenization import load_tokenizer
+from engine.tokenization.patched import PatchedTokenizer
 from tests.patch.bases import SP_TEXT, decompositions, definition_of, small_patch
 
 
@@ -37,6 +39,9 @@ def test_what_is_written_is_read(tmp_path: Path, made: Artefact, folders: dict[s
     assert read(place, folders["pieces"]) == made
     for name in (JSON_NAME, ARRAYS_NAME):
         assert (place / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+    assert read(tmp_path / "model", folders["pieces"]) == made
+    tokenizer = load_tokenizer(folders["pieces"], tmp_path / "model")
+    assert isinstance(tokenizer, PatchedTokenizer) and tokenizer.artefact == made
     assert find(tmp_path) is None
 
 
