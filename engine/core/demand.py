@@ -58,9 +58,9 @@ class RhoStatistics:
         if not all(0 <= number <= MOST for number in numbers):
             raise ConfigError(f"statistics of {self.domain[:80]!r}: every figure must be in 0..{MOST}")
         if self.documents < 2 or not 0 < self.patched_tokens <= self.rho_max * self.base_tokens:
-            raise ConfigError(f"statistics of {self.domain[:80]!r}: {self.documents} documents, {self.base_tokens} base "
-                              f"and {self.patched_tokens} patched tokens, rho_max {self.rho_max}; at least 2 documents and "
-                              "1..rho_max * base_tokens are needed")
+            raise ConfigError(f"statistics of {self.domain[:80]!r}: {self.documents} documents, {self.base_tokens} "
+                              f"base and {self.patched_tokens} patched tokens, rho_max {self.rho_max}; at least 2 "
+                              "documents and 1..rho_max * base_tokens are needed")
         if not LEAST_RATIO <= min(self.rho, self.q50) or not self.q50 <= self.q95 <= self.q99 <= self.rho_max:
             raise ConfigError(f"statistics of {self.domain[:80]!r}: {LEAST_RATIO} <= q50 <= q95 <= q99 <= rho_max, or "
                               f"{LEAST_RATIO} <= rho, does not hold")

@@ -232,6 +232,15 @@ def test_a_prompt_that_ends_inside_a_character(http: httpx.Client, tokenizer: Pa
     bias = {str(whole[-1]): 100}
     said = post(http, C, prompt=whole[:-1], token_space="base", logit_bias=bias, temperature=0, max_tokens=1)
     assert said["choices"][0]["text"] == "🙂"
+    ask = {"prompt": whole[:-1], "token_space": "base", "logit_bias": bias, "temperature": 0, "max_tokens": 3}
+    echoed = post(http, C, **ask, echo=True)["choices"][0]["text"]
+    assert echoed.startswith("🙂") and echoed == post(http, C, **ask)["choices"][0]["text"]
+    told = post(http, C, **ask, logprobs=0)["choices"][0]["logprobs"]
+    assert told["text_offset"] == [0, 1, 1]  # the same byte twice more: it begins no character
+    with http.stream("POST", C, json={"model": "tiny", **ask, "logprobs": 0, "stream": True}) as answer:
+        pieces = [json.loads(line[6:])["choices"] for line in answer.iter_lines() if line.startswith("data: {")]
+    offsets = [choice["logprobs"]["text_offset"] for choices in pieces for choice in choices if choice["logprobs"]]
+    assert list(itertools.chain(*offsets)) == [0, 1, 1]
 
 
 def test_stop_strings_end_inside_a_token(http: httpx.Client, tokenizer: PatchedTokenizer,
