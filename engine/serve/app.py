@@ -23,7 +23,7 @@ from engine.serve.engine_client import EngineFailed
 from engine.serve.errors import ApiError, shown
 from engine.serve.generation import ClientGone, Generation, Prompt, Tools
 from engine.serve.guard import FAULT, Guard, Receive, Send, error_headers
-from engine.serve.ids import Limits, take_ids, take_space
+from engine.serve.ids import Limits, take_space, take_text_ids
 from engine.serve.logprobs_json import LogprobsJson
 from engine.serve.openai_json import Shape, error_event
 from engine.serve.services import Services
@@ -294,7 +294,7 @@ def _add_text(app: FastAPI, services: Services) -> None:
         if fields or not isinstance(tokens, list):
             raise ApiError(400, "the fields are model, token_space and tokens, a list of token ids",
                            next(iter(fields), "tokens"))  # fmt: skip
-        ids = take_ids(tokens, model.limits, "tokens", space)
+        ids = take_text_ids(tokens, model.limits, "tokens", space)
         return json_response({"prompt": await model.text.decode(ids, base=space == "base")})
 
 

@@ -97,6 +97,7 @@ FIELDS: list[tuple[str, dict[str, Any], str, str]] = [
     (C, {"stop_token_ids": [-1]}, "stop_token_ids", "-1"),
     (C, {"stop_token_ids": [True]}, "stop_token_ids", "true"),
     (C, {"stop_token_ids": 3}, "stop_token_ids", "3"),
+    (C, {"stop_token_ids": [5] * 1025}, "stop_token_ids", "at most 1024"),
     (C, {"stream": "yes"}, "stream", "yes"),
     (C, {"stream": 1}, "stream", "1"),
     (C, {"stream_options": {"include_usage": True}}, "stream_options", "stream=true"),
