@@ -12,14 +12,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engine.core.errors import LoadError
-from engine.patching import errors
+from engine.core.errors import LoadError, RequestError
+from engine.patching import cli_inspect, errors
 from engine.patching.artefact import Artefact, _rows, _to_arrays, allocate, allocate_merges, read, write
 from engine.patching.base import BaseVocabulary, canonical_sha256, load_base
 from engine.patching.invariants import check, check_rows, dead_ngrams
 from engine.patching.place import ARRAYS_NAME, JSON_NAME, find
 from engine.tokenization import load_tokenizer
 from engine.tokenization.patched import PatchedTokenizer
+from scripts import patch as command
 from tests.patch.bases import SP_TEXT, decompositions, definition_of, small_patch
 
 
@@ -244,3 +245,16 @@ def test_the_canonical_hash_is_of_the_vocabulary_and_not_of_the_file(folders: di
         other = json.loads(json.dumps(definition))
         change(other)
         assert canonical_sha256(other) != known
+
+
+@pytest.mark.parametrize("error", [LoadError("x is y"), RequestError("x is y"), OSError(28, "x is y")])
+def test_what_a_user_can_mend_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+                                          error: Exception) -> None:
+    """A full disk, a text that is no Unicode, a file that is none: status 2 and no traceback."""
+    def fail(_: object) -> int:
+        raise error
+
+    monkeypatch.setattr(cli_inspect, "run", fail)
+    assert command.main(["inspect", "somewhere"]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and f"{type(error).__name__}: " in said and "x is y" in said
