@@ -44,7 +44,11 @@ class Inert:
         self.pattern = re.compile("|".join(map(re.escape, sorted(self.names, key=len, reverse=True))) or r"(?!)")
         ids = {self.names.get(token["content"], token["content"]): token["id"] for token in added}
         _rename(definition, self.names, ids)
-        self.backend = tokenizers.Tokenizer.from_str(json.dumps(definition))
+        try:
+            self.backend = tokenizers.Tokenizer.from_str(json.dumps(definition))
+        except Exception as error:  # the library raises no narrower one
+            raise LoadError("tokenizer.json's special strings cannot be told from text: its vocabulary without them is "
+                            f"refused: {str(error)[:160]}") from None
         for name, token in ids.items():
             if self.backend.token_to_id(name) != token:
                 raise LoadError(f"added token {token} of tokenizer.json cannot be told from text: its vocabulary "
@@ -71,8 +75,8 @@ def _is_mark(text: str) -> bool:
 def _rename(definition: dict[str, Any], names: dict[str, str], ids: dict[str, int]) -> None:
     """Give the tokens their secret names in a tokenizer.json. ids: name -> id of every added token.
 
-    The old name leaves the vocabulary, so that no merge can spell it either; but what a rule of the model still
-    names (a merge, the unknown token) stays.
+    The old name leaves the vocabulary; but what a rule of the model still names (a merge's side, the unknown token)
+    stays. Raises LoadError for a merge that makes one of them: ordinary text would become that token.
     """
     model = definition["model"]
     for token in definition["added_tokens"]:
@@ -84,7 +88,11 @@ def _rename(definition: dict[str, Any], names: dict[str, str], ids: dict[str, in
             if token < len(vocab):
                 vocab[token][0] = name
         return
-    merges = (merge if isinstance(merge, list) else merge.split(" ") for merge in model.get("merges", ()))
+    merges = [merge if isinstance(merge, list) else merge.split(" ") for merge in model.get("merges", ())]
+    made = next((text for merge in merges if (text := "".join(merge)) in names), None)
+    if made is not None:
+        raise LoadError(f"tokenizer.json: a merge makes {made[:80]!r}, which is a special token too, so users' text "
+                        "cannot be told from it; take the merge out, or use the model's own tokenizer.json")
     used = {model.get("unk_token"), *(part for merge in merges for part in merge)}
     for text in names:
         if text not in used:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import json
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from engine.core.errors import RequestError
+from engine.core.errors import LoadError, RequestError
 from engine.patching.artefact import allocate, allocate_merges, write
 from engine.patching.base import load_base
 from engine.tokenization import ChatTemplate, HfTokenizer, load_tokenizer
@@ -171,6 +172,25 @@ def test_no_appended_merge_reaches_across_a_part(tmp_path: Path) -> None:
     ids, base_ids = tokenizer.encode_parts([Part("<|im_start|>user", True), Part("z userz", False)])
     assert base_ids == plain.encode("<|im_start|>userz userz", False)
     assert ids[: len(line) + 2] == base_ids[: len(line) + 2] and len(ids) == len(base_ids) - 1
+
+
+@pytest.mark.parametrize("further", [False, True])
+def test_a_merge_that_makes_a_special_token_is_refused(tmp_path: Path, further: bool) -> None:
+    """Users' text would become the token (where another merge goes on from it), or the library would not load."""
+    write_tiny_tokenizer(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    definition = json.loads(file.read_text())
+    vocab, merges = definition["model"]["vocab"], definition["model"]["merges"]
+    left, right = next(merge for merge in merges if "".join(merge) not in {part for pair in merges for part in pair})
+    definition["added_tokens"].append({**definition["added_tokens"][0], "content": left + right,
+                                       "id": vocab[left + right]})  # fmt: skip
+    if further:
+        vocab[f"{left}{right}z"] = len(vocab)
+        merges.append([left + right, "z"])
+    file.write_text(json.dumps(definition))
+    tokenizer = load_tokenizer(tmp_path)
+    with pytest.raises(LoadError, match=re.escape(f"a merge makes {left + right!r}")):
+        tokenizer.encode_parts([Part(left + right, False)])
 
 
 def test_base_ids_become_the_ids_of_their_text(tmp_path: Path) -> None:
