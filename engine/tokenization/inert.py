@@ -28,9 +28,10 @@ class Joined(NamedTuple):
 
 
 class Inert:
-    """firm: the special tokens' strings. names: those, and the marks that only the chat template's source tells to be
-    such (`<...>` or `[...]` among the other added tokens: some vocabularies do not call their speakers' marks special)
-    -> secret name. pattern: finds any of them, the longest first."""
+    """firm: the special tokens' strings. names: those, and the marks among the other added tokens (some vocabularies
+    do not call all of theirs special): `<|...|>`, and what the chat template's source writes of `<...>` and `[...]`.
+    The rest (HTML tags, runs of spaces, rare letters) are added tokens that ordinary texts consist of, and stay.
+    names -> secret name. pattern: finds any of them, the longest first."""
 
     def __init__(self, backend: tokenizers.Tokenizer, template: str | None) -> None:
         definition = json.loads(backend.to_str())
@@ -38,7 +39,7 @@ class Inert:
         nonce = secrets.token_hex(16)
         self.firm = frozenset(token["content"] for token in added if token["special"] and token["content"])
         marks = {token["content"] for token in added if _is_mark(token["content"])}
-        spelled = {text for text in marks if text in (template or "")}
+        spelled = {text for text in marks if text in (template or "") or _is_control(text)}
         # Brackets, because some added tokens match only where no letter is beside them.
         self.names = {text: f"<{nonce}{number}>" for number, text in enumerate(sorted(self.firm | spelled))}
         self.pattern = re.compile("|".join(map(re.escape, sorted(self.names, key=len, reverse=True))) or r"(?!)")
@@ -66,6 +67,11 @@ class Inert:
             length += len(texts[-1])
             bounds.append(length)
         return Joined("".join(texts), bounds[:-1])
+
+
+def _is_control(text: str) -> bool:
+    """`<|fim_prefix|>` and the like, also with the full-width bar."""
+    return len(text) > 4 and text[0] == "<" and text[-1] == ">" and {text[1], text[-2]} <= {"|", "\uff5c"}
 
 
 def _is_mark(text: str) -> bool:

@@ -174,6 +174,23 @@ def test_no_appended_merge_reaches_across_a_part(tmp_path: Path) -> None:
     assert ids[: len(line) + 2] == base_ids[: len(line) + 2] and len(ids) == len(base_ids) - 1
 
 
+def test_controls_that_are_not_called_special_cannot_be_written(tmp_path: Path) -> None:
+    """`<|fim_prefix|>` of a user is text though no template names it; tags that texts consist of keep their ids."""
+    write_tiny_tokenizer(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    definition = json.loads(file.read_text())
+    first = len(definition["model"]["vocab"])
+    for number, text in enumerate(("<|fim_prefix|>", "<\uff5cfim\u2581hole\uff5c>", "<h1>", "\n\n\n")):
+        token = {**definition["added_tokens"][0], "content": text, "id": first + number, "special": False}
+        definition["added_tokens"].append(token)
+    file.write_text(json.dumps(definition))
+    tokenizer = load_tokenizer(tmp_path)
+    user = "a<|fim_prefix|>b<\uff5cfim\u2581hole\uff5c><h1>\n\n\n"
+    ids = tokenizer.encode_parts([Part("<|im_start|>", True), Part(user, False), Part("<|fim_prefix|>", True)]).ids
+    assert [token for token in ids if token >= first] == [first + 2, first + 3, first]
+    assert tokenizer.decode(ids, False) == f"<|im_start|>{user}<|fim_prefix|>"
+
+
 @pytest.mark.parametrize("further", [False, True])
 def test_a_merge_that_makes_a_special_token_is_refused(tmp_path: Path, further: bool) -> None:
     """Users' text would become the token (where another merge goes on from it), or the library would not load."""
