@@ -80,7 +80,7 @@ class RhoStatistics:
             if not good or (kind is int and value != int(value)):  # type: ignore[call-overload]
                 raise ConfigError(f"statistics of {domain[:80]!r}: field {name} is missing or no number in 0..{MOST}; "
                                   "`python -m scripts.patch verify DIR --text FILES --domain NAME --store` measures it")
-            values[name] = kind(value)  # type: ignore[call-overload]
+            values[name] = kind(value)
         characters = fields.get("characters")
         values["characters"] = characters if type(characters) is int and 0 < characters <= MOST else None
         for name in ("date", "corpus_sha256"):
