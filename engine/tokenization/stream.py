@@ -240,16 +240,18 @@ def whole_characters(table: PieceTable, prompt: Sequence[int], text: str) -> str
 
 def _last_bytes(table: PieceTable, prompt: Sequence[int], enough: int) -> bytes:
     """The bytes that a prompt ends with, at least `enough` where there are as many before anything else."""
-    tail = b""
+    found: list[bytes] = []
+    size = 0
     for token in reversed(prompt):
         pieces = table.mixed.get(token) or ((table.piece(token), not table.byte_runs or token in table.byte_ids),)
         for piece, is_byte in reversed(pieces):
             if token in table.special_ids or not is_byte:
-                return tail
-            tail = piece + tail
-        if len(tail) >= enough:
+                return b"".join(reversed(found))
+            found.append(piece)
+            size += len(piece)
+        if size >= enough:
             break
-    return tail
+    return b"".join(reversed(found))
 
 
 def _begun(tail: bytes) -> bytes:
