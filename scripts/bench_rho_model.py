@@ -26,7 +26,7 @@ from engine import LLM, SamplingParams
 from engine.core.clock import MonotonicClock
 from engine.core.demand import RhoStatistics
 from engine.patching.corpus import read_documents
-from engine.patching.reduction import LENGTHS, STATISTICS_OUT
+from engine.patching.reduction import LENGTHS, SHA256, STATISTICS_OUT
 from engine.patching.report import statistics as rho_statistics
 from engine.serve.text_worker import count_both
 from scripts.benching.environment import environment
@@ -72,7 +72,7 @@ def first_run(options: argparse.Namespace, tokenizer: Any, prompts: Outputs) -> 
     base, own = (np.array([getattr(one, name) for one in counted]) for name in ("base", "own"))
     figures = rho_statistics(base, own, np.array(characters), tokenizer.base.max_token_bytes, "")
     RhoStatistics.of(DOMAIN, figures)
-    return outputs, {STATISTICS_OUT: {DOMAIN: figures}, LENGTHS: base.tolist()}
+    return outputs, {STATISTICS_OUT: {DOMAIN: figures}, LENGTHS: base.tolist(), SHA256: tokenizer.artefact.sha256}
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -1,4 +1,4 @@
-"""Patched vocabularies: `python -m scripts.patch import|inspect|verify|build|apply`; docs/vocabularies.md.
+"""Patched vocabularies: `python -m scripts.patch import|inspect|verify|build|apply|train`; docs/vocabularies.md.
 
 Each subcommand is a module of engine/patching with add_arguments(parser) and run(args), imported when it is asked
 for. It knows nothing of them but their names.
@@ -12,7 +12,7 @@ import importlib.util
 import sys
 from collections.abc import Sequence
 
-from engine.core.errors import ConfigError
+from engine.core.errors import ConfigError, RequestError
 
 COMMANDS = {
     "import": ("cli_import", "an upstream directory of pickles to an artefact, without unpickling"),
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         return int(options.run(options) or 0)
-    except ConfigError as error:
+    except (ConfigError, RequestError, OSError) as error:
         print(f"{parser.prog} {options.command}: {type(error).__name__}: {error}", file=sys.stderr)
         return 2
 

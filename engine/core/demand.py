@@ -23,6 +23,8 @@ PRIOR_BASE_TOKENS = 2e4  # how much text the prior is worth (kappa)
 HALF_LIFE_BASE_TOKENS = 1e6
 WINDOW_BASE_TOKENS = 1 << 14  # text after which the alarm looks
 ALARM_SE = 4.0
+MOST = 1 << 53  # of any figure: sums of squares of such numbers are still floats
+LEAST_RATIO = 1e-4  # no token stands for ten thousand of the base
 MIN_DOCUMENTS = 30  # fewer say too little of their own spread to raise an alarm
 
 _FIELDS = {"documents": int, "base_tokens": int, "patched_tokens": int, "se": float, "phi": float, "q50": float,
@@ -53,14 +55,15 @@ class RhoStatistics:
 
     def __post_init__(self) -> None:
         numbers = [getattr(self, name) for name in _FIELDS]
-        if not all(math.isfinite(number) and number >= 0 for number in numbers):
-            raise ConfigError(f"statistics of {self.domain!r}: every figure must be finite and at least 0")
+        if not all(0 <= number <= MOST for number in numbers):
+            raise ConfigError(f"statistics of {self.domain[:80]!r}: every figure must be in 0..{MOST}")
         if self.documents < 2 or not 0 < self.patched_tokens <= self.rho_max * self.base_tokens:
-            raise ConfigError(f"statistics of {self.domain!r}: {self.documents} documents, {self.base_tokens} base and "
-                              f"{self.patched_tokens} patched tokens, rho_max {self.rho_max}; at least 2 documents and "
-                              "1..rho_max * base_tokens are needed")
-        if not 0 < self.q50 <= self.q95 <= self.q99 <= self.rho_max:
-            raise ConfigError(f"statistics of {self.domain!r}: 0 < q50 <= q95 <= q99 <= rho_max does not hold")
+            raise ConfigError(f"statistics of {self.domain[:80]!r}: {self.documents} documents, {self.base_tokens} "
+                              f"base and {self.patched_tokens} patched tokens, rho_max {self.rho_max}; at least 2 "
+                              "documents and 1..rho_max * base_tokens are needed")
+        if not LEAST_RATIO <= min(self.rho, self.q50) or not self.q50 <= self.q95 <= self.q99 <= self.rho_max:
+            raise ConfigError(f"statistics of {self.domain[:80]!r}: {LEAST_RATIO} <= q50 <= q95 <= q99 <= rho_max, or "
+                              f"{LEAST_RATIO} <= rho, does not hold")
 
     @property
     def rho(self) -> float:
@@ -73,14 +76,16 @@ class RhoStatistics:
         values: dict[str, object] = {}
         for name, kind in _FIELDS.items():
             value = fields.get(name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or (kind is int and value != int(value)):
-                raise ConfigError(f"statistics of {domain[:80]!r}: field {name} is missing or no number; "
+            good = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= MOST
+            if not good or (kind is int and value != int(value)):  # type: ignore[call-overload]
+                raise ConfigError(f"statistics of {domain[:80]!r}: field {name} is missing or no number in 0..{MOST}; "
                                   "`python -m scripts.patch verify DIR --text FILES --domain NAME --store` measures it")
             values[name] = kind(value)
         characters = fields.get("characters")
-        values["characters"] = characters if type(characters) is int and characters > 0 else None
+        values["characters"] = characters if type(characters) is int and 0 < characters <= MOST else None
         for name in ("date", "corpus_sha256"):
-            values[name] = str(fields[name])[:80] if fields.get(name) is not None else None
+            text = fields.get(name)
+            values[name] = text[:80] if isinstance(text, str) else None
         return cls(domain, **values)  # type: ignore[arg-type]
 
 

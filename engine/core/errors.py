@@ -28,6 +28,12 @@ class LoadError(ConfigError):
     """A model, tokenizer or artefact that cannot be loaded. The message names the file and what is wrong in it."""
 
 
+def named(error: Exception) -> str:
+    """An error as a line for people: a refusal that has a name of its own (WrongRows, BaseMismatch) begins with it."""
+    own = isinstance(error, ConfigError) and type(error) not in (ConfigError, LoadError)
+    return f"{type(error).__name__}: {error}" if own else str(error)
+
+
 class RequestError(TesseraError):
     """One request is wrong: `param` is the field (as the client spells it), the message has value and limit."""
 

@@ -5,7 +5,6 @@ It does not know text: stop strings travel here, but whoever turns ids into text
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 
@@ -24,18 +23,28 @@ MAX_LOGIT_BIAS = 1024  # ids with one
 MAX_ABS_BIAS = 100.0
 
 
+def _shown(value: object) -> str:
+    """A value in a message; Python refuses to write out integers of thousands of digits."""
+    huge = isinstance(value, int) and value.bit_length() > 128
+    return "an integer of more than 128 bits" if huge else repr(value)
+
+
 def _require_int(name: str, value: object, low: int, high: int) -> None:
     """Raise RequestError unless value is an int (booleans are not) in low..high."""
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise RequestError(f"{name}={value!r} is not an integer in {low}..{high}", param=name)
+        raise RequestError(f"{name}={_shown(value)} is not an integer in {low}..{high}", param=name)
 
 
 def _require_float(name: str, value: object, low: float, high: float, *, low_open: bool = False) -> None:
-    """Raise RequestError unless value is a finite number in [low, high] (low excluded when low_open)."""
-    good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    """Raise RequestError unless value is a number in [low, high] (low excluded when low_open); NaN is in no range.
+
+    Compared as it is: an integer of 400 digits has no float.
+    """
+    good = isinstance(value, (int, float)) and not isinstance(value, bool)
     if good and (low < value if low_open else low <= value) and value <= high:  # type: ignore[operator]
         return
-    raise RequestError(f"{name}={value!r} is not a number in {'(' if low_open else '['}{low}, {high}]", param=name)
+    allowed = f"{'(' if low_open else '['}{low}, {high}]"
+    raise RequestError(f"{name}={_shown(value)} is not a number in {allowed}", param=name)
 
 
 def check_token_ids(name: str, ids: Sequence[int], vocab: int) -> None:

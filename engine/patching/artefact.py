@@ -31,7 +31,7 @@ from engine.patching.errors import (
     TruncatedFile,
     UnknownVersion,
 )
-from engine.patching.place import ARRAYS_NAME, JSON_NAME, MAX_JSON_BYTES
+from engine.patching.place import ARRAYS_NAME, JSON_NAME, MAX_JSON_BYTES, find
 from engine.tokenization.jsonfile import read_object
 
 FORMAT, VERSION = "tessera-patch", 1
@@ -144,12 +144,13 @@ def write(artefact: Artefact, folder: str | Path) -> None:
 
 def read(folder: str | Path, base_tokenizer_folder: str | Path | None = None,
          base: BaseVocabulary | None = None) -> Artefact:
-    """The artefact of a folder, every invariant checked; those that need the base's text only when it is given, as
-    a tokenizer folder or loaded. Raises a subclass of ArtefactError (errors.py) naming the file and the reason.
+    """The artefact of a folder (or of its subfolder `patch`), every invariant checked; those that need the base's text
+    only when it is given, as a tokenizer folder or loaded. Raises a subclass of ArtefactError (errors.py) naming the
+    file and the reason.
     """
     from engine.patching.invariants import check
 
-    place = Path(folder)
+    place = find(folder) or Path(folder)
     value = _read_json(place / JSON_NAME)
     arrays = _read_arrays(place / ARRAYS_NAME, value["arrays"])
     try:
@@ -191,9 +192,9 @@ def _ragged(rows: Sequence[Sequence[int]]) -> tuple[npt.NDArray[np.int32], npt.N
 
 
 def _rows(name: str, arrays: Mapping[str, npt.NDArray[np.int32]]) -> list[tuple[int, ...]]:
-    """_ragged undone. Raises ValueError for offsets that do not tile the items."""
+    """_ragged undone: rising offsets tile the items, so nothing grows. Raises ValueError for others."""
     offsets, parts = arrays[f"{name}_offsets"], arrays[f"{name}_parts"].tolist()
-    if not offsets.size or offsets[0] != 0 or offsets[-1] != len(parts) or (np.diff(offsets) < 0).any():
+    if not offsets.size or offsets[0] != 0 or offsets[-1] != len(parts) or (offsets[1:] < offsets[:-1]).any():
         raise ValueError(f"{name}_offsets do not run from 0 to {len(parts)}")
     bounds = offsets.tolist()
     return [tuple(parts[begin:end]) for begin, end in itertools.pairwise(bounds)]

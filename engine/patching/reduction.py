@@ -1,7 +1,8 @@
 """Where the figures of rho come from: the statistics stored in an artefact, a file, or a number.
 
 A file is JSON with any of: `statistics` and `statistics_out` (domain -> figures, as in an artefact's meta and in
-report.json), `output_base_tokens` (lengths of finished outputs in base tokens), or `rho` with its `provenance`. It
+report.json), `artefact_sha256` (whose figures they are), `output_base_tokens` (lengths of finished outputs in base
+tokens), or `rho` with its `provenance`. What no text can cost more than is the artefact's own to say, not a file's. It
 knows no traffic; what is done with the figures is engine/core/demand.py's and growth.py's.
 """
 
@@ -10,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from engine.core.demand import PRIOR, Demand, RhoEstimator, RhoStatistics
 from engine.core.errors import ConfigError, LoadError
@@ -18,7 +19,11 @@ from engine.core.growth import HISTORY
 from engine.patching.place import JSON_NAME, MAX_JSON_BYTES
 from engine.tokenization.jsonfile import read_object
 
+if TYPE_CHECKING:
+    from engine.patching.artefact import Artefact
+
 STATISTICS, STATISTICS_OUT, LENGTHS = "statistics", "statistics_out", "output_base_tokens"
+SHA256 = "artefact_sha256"
 DEFAULT_DOMAIN = "held_out"
 IN_SAMPLE = "corpus"  # the texts that the vocabulary was made for: its figures flatter
 LOWEST, HIGHEST = 0.01, 100.0
@@ -51,26 +56,34 @@ def load_reduction(setting: str | None, patch: Path | None, domain: str | None =
     number = _number(setting)
     if number is not None:
         return Reduction(name, prior=number, warning=_unfounded(number, "--token-reduction"))
+    artefact = None
+    if patch is not None:
+        from engine.patching.artefact import read  # numpy is imported only where it is needed
+
+        artefact = read(patch)
     if setting is None or setting == "auto":
-        if patch is None:
+        if patch is None or artefact is None:
             return Reduction(name)
-        place = patch / JSON_NAME
-        source = read_object(place, MAX_JSON_BYTES).get("meta")
+        place, source = patch / JSON_NAME, {**artefact.meta, SHA256: artefact.sha256}
     else:
         place = Path(setting)
         if not place.is_file():
             raise ConfigError(f"--token-reduction {setting[:200]!r} is neither auto, a number nor a file")
         source = read_object(place, MAX_JSON_BYTES)
-    if not isinstance(source, dict):
-        raise LoadError(f"{place}: holds no figures")
     try:
-        return _from_json(source, name, required=domain is not None)
+        return _from_json(source, name, artefact, required=domain is not None)
     except ConfigError as error:
         raise LoadError(f"{place}: {error}") from None
 
 
-def _from_json(source: Mapping[str, Any], domain: str, *, required: bool) -> Reduction:
-    into, out = (_side(source, key, domain) for key in (STATISTICS, STATISTICS_OUT))
+def rho_max_in(artefact: Artefact) -> int:
+    """The most tokens that one base token of a text can become: the parts of the longest removed one."""
+    return max(map(len, artefact.removed.values()), default=1)
+
+
+def _from_json(source: Mapping[str, Any], domain: str, artefact: Artefact | None, *, required: bool) -> Reduction:
+    certain = {} if artefact is None else {"rho_max": rho_max_in(artefact)}
+    into, out = _side(source, STATISTICS, domain, certain), _side(source, STATISTICS_OUT, domain, {})
     if required and into is None and out is None:
         known = sorted({*_domains(source, STATISTICS), *_domains(source, STATISTICS_OUT)})
         raise ConfigError(f"has no figures of domain {domain[:80]!r}; it has: {', '.join(known) or 'none'}")
@@ -84,6 +97,13 @@ def _from_json(source: Mapping[str, Any], domain: str, *, required: bool) -> Red
             warning = _unfounded(prior, "`rho` without `provenance`")
     if domain == IN_SAMPLE:
         warning = "figures of the texts that the vocabulary was made for flatter it; name another domain"
+    if artefact is not None and (into is not None or out is not None):
+        if SHA256 not in source:
+            unnamed = f"the figures do not say of which vocabulary they are ({SHA256}); they are taken for this one's"
+            warning = unnamed if warning is None else f"{warning}; {unnamed}"
+        elif source[SHA256] != artefact.sha256:
+            raise ConfigError(f"its figures are of another vocabulary than this one, {artefact.sha256[:12]} "
+                              f"({SHA256}); measure them again")
     return Reduction(domain, into, out, prior, tuple(lengths[-HISTORY:]), warning)
 
 
@@ -92,12 +112,13 @@ def _domains(source: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _side(source: Mapping[str, Any], key: str, domain: str) -> RhoStatistics | None:
-    """One domain of one side; None when it was not measured (or on too few texts to say how sure it is)."""
+def _side(source: Mapping[str, Any], key: str, domain: str, certain: Mapping[str, int]) -> RhoStatistics | None:
+    """One domain of one side; None when it was not measured (or on too few texts to say how sure it is). certain:
+    figures that count whatever is stored."""
     fields = _domains(source, key).get(domain)
     if not isinstance(fields, dict) or not isinstance(fields.get("documents"), int) or fields["documents"] < 2:
         return None
-    return RhoStatistics.of(domain, fields)
+    return RhoStatistics.of(domain, {**fields, **certain})
 
 
 def _number(setting: str | None) -> float | None:

@@ -90,7 +90,7 @@ def announce(artefact: Artefact, folder: Path, model: str | Path) -> None:
     """Log which artefact serves, once, and warn where nothing says that the model was made for one."""
     log.info("patched vocabulary %s (%s) from %s: %d ids, %d n-grams, %d removed; rho %s", artefact.sha256[:12],
              artefact.kind, folder, artefact.vocab_size, len(artefact.ngrams), len(artefact.removed),
-             _rho(artefact.meta))
+             _ratios(artefact.meta))
     if _mark(model) is None:
         log.warning("%s does not say that this model was made for a patched vocabulary; its ids are taken for the "
                     "base's, and a model that was not made for this one talks nonsense", Path(model) / "config.json")
@@ -101,9 +101,10 @@ def _mark(model: str | Path) -> Any:
     return read_optional_object(Path(model) / "config.json").get(CONFIG_MARK)
 
 
-def _rho(meta: dict[str, Any]) -> str:
+def _ratios(meta: dict[str, Any]) -> str:
     """The recorded ratios of patched to base tokens, by domain."""
     domains = meta.get("statistics")
-    found = {name: stats["rho"] for name, stats in domains.items() if isinstance(stats, dict) and "rho" in stats} \
+    found = {name: stats["rho"] for name, stats in domains.items()
+             if isinstance(stats, dict) and isinstance(stats.get("rho"), float)} \
         if isinstance(domains, dict) else {}
-    return ", ".join(f"{name} {rho}" for name, rho in found.items()) or "not recorded"
+    return ", ".join(f"{name[:80]} {ratio}" for name, ratio in found.items()) or "not recorded"

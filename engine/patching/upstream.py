@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import pickletools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ MAX_FILE_BYTES = 256 << 20
 MAX_OPCODES = 20_000_000
 MAX_STACK = 100_000
 MAX_INT_BYTES = 8
+MAX_PARTS = 1 << 24  # of all tokens together: a pickle may name one list any number of times
 
 REMOVED, NGRAMS, CONVERTER = "removed_tokens.pkl", "added_ngrams.pkl", "inputs_ids_convert.pkl"
 CONFIG, TOKENIZER = "config.pkl", "patch_tokenizer.pkl"
@@ -56,6 +57,12 @@ class _Name:
 
 
 _MARK = object()
+
+
+def _brief(value: Any) -> str:
+    """A value in an error: text begins as it does, of all else only the type is told. A pickle of a few bytes may
+    hold lists in lists that are written out in 2^n characters, or without end."""
+    return repr(value[:60]) if type(value) is str else f"<{type(value).__name__}>"
 
 
 @dataclass
@@ -119,7 +126,7 @@ class _Machine:
     def name(self, module: Any, name: Any) -> None:
         """Push a class's name, if it is one of the known."""
         if type(module) is not str or type(name) is not str or (module, name) not in self.names:
-            raise self.refuse(f"it asks for {str(module)[:60]}.{str(name)[:60]}")
+            raise self.refuse(f"it asks for {_brief(module)}.{_brief(name)}")
         self.stack.append(_Name(module, name))
 
     def new(self) -> None:
@@ -233,10 +240,11 @@ def import_upstream(folder: str | Path, base: BaseVocabulary | str | Path) -> Ar
 
     def old_id(text: Any, where: str) -> int:
         if type(text) is not str or text not in ids:
-            raise MissingPiece(f"{place}: {where}: the piece {str(text)[:40]!r} is not in the base vocabulary")
+            raise MissingPiece(f"{place}: {where}: the piece {_brief(text)} is not in the base vocabulary")
         return ids[text]
 
     removed_raw = _typed(read_pickle(place / REMOVED), dict, place / REMOVED)
+    _check_parts(removed_raw.values(), place / REMOVED)
     removed = {old_id(text, REMOVED): tuple(old_id(part, REMOVED) for part in _typed(parts, list, place / REMOVED))
                for text, parts in removed_raw.items()}
     ngrams_raw = list(_typed(read_pickle(place / NGRAMS), dict, place / NGRAMS))
@@ -276,8 +284,8 @@ def recover_base(folder: str | Path, out: str | Path) -> Path:
     for key, value in options.items() if isinstance(options, dict) else ():
         held = value.state if isinstance(value, Record) else None
         text = held.get("content") if isinstance(held, dict) else value
-        if str(key) in ("bos_token", "eos_token", "unk_token", "pad_token") and type(text) is str:
-            config[str(key)] = text
+        if key in ("bos_token", "eos_token", "unk_token", "pad_token") and type(text) is str:
+            config[key] = text
     place = Path(out)
     place.mkdir(parents=True, exist_ok=True)
     (place / "tokenizer.json").write_bytes(raw)
@@ -288,13 +296,14 @@ def recover_base(folder: str | Path, out: str | Path) -> Path:
 def _converter(raw: Mapping[Any, Any], path: Path) -> dict[Any, tuple[tuple[int, ...], int]]:
     """token -> (old ids, new id)."""
     found = {}
+    _check_parts((entry.get("old_indices") for entry in raw.values() if type(entry) is dict), path)
     for token, entry in raw.items():
         old = entry.get("old_indices") if type(entry) is dict else None
         old = [old] if type(old) is int else old
         new = entry.get("new_index") if type(entry) is dict else None
         if type(token) not in (str, tuple) or type(new) is not int or type(old) is not list or not all(
                 type(item) is int for item in old):
-            raise MalformedUpstream(f"{path}: the entry of {str(token)[:40]!r} has no old_indices and new_index")
+            raise MalformedUpstream(f"{path}: the entry of {_brief(token)} has no old_indices and new_index")
         found[token] = (tuple(old), new)
     return found
 
@@ -305,9 +314,9 @@ def _by_new_id(converter: Mapping[Any, tuple[tuple[int, ...], int]], path: Path)
     rows: list[tuple[int, ...] | None] = [None] * size
     for token, (old, new) in converter.items():
         if not 0 <= new < size:
-            raise IdsNotContiguous(f"{path}: {str(token)[:40]!r} has the new id {new}; allowed: 0..{size - 1}")
+            raise IdsNotContiguous(f"{path}: {_brief(token)} has the new id {new}; allowed: 0..{size - 1}")
         if rows[new] is not None:
-            raise IdCollision(f"{path}: two tokens have the new id {new}, one of them {str(token)[:40]!r}")
+            raise IdCollision(f"{path}: two tokens have the new id {new}, one of them {_brief(token)}")
         rows[new] = old
     return tuple(row or () for row in rows)
 
@@ -317,9 +326,17 @@ def _meta(place: Path) -> dict[str, Any]:
     meta: dict[str, Any] = {"source": "upstream", "add_bos": False}
     if (place / CONFIG).is_file():
         config = _typed(read_pickle(place / CONFIG), dict, place / CONFIG)
-        plain = {str(key): value for key, value in config.items() if type(value) in (str, int, bool, type(None))}
+        plain = {key: value for key, value in config.items()
+                 if type(key) is str and type(value) in (str, int, bool, type(None))}
         meta["upstream_config"] = plain
     return meta
+
+
+def _check_parts(rows: Iterable[Any], path: Path) -> None:
+    """Raise PickleTooLarge before lists are copied that together have more parts than any vocabulary."""
+    parts = sum(len(row) for row in rows if type(row) is list)
+    if parts > MAX_PARTS:
+        raise PickleTooLarge(f"{path}: its tokens have {parts} parts together; allowed: {MAX_PARTS}")
 
 
 def _typed(value: Any, kind: type, path: Path) -> Any:

@@ -32,7 +32,7 @@ from engine.patching.errors import ArtefactError
 from engine.patching.invariants import dead_ngrams
 from engine.patching.merging import Merger
 from engine.patching.place import find
-from engine.patching.reduction import LENGTHS, STATISTICS, STATISTICS_OUT
+from engine.patching.reduction import LENGTHS, STATISTICS, STATISTICS_OUT, rho_max_in
 from engine.patching.report import statistics as rho_statistics
 from engine.patching.report import table
 from engine.patching.upstream import import_upstream
@@ -187,7 +187,7 @@ def measure_domain(args: argparse.Namespace) -> None:
         raise ConfigError("--domain needs --text FILES or --emitted FILES to measure")
     tokenizer = load_patched(args.base or args.patch, patch)
     # A removed token becomes its parts; a model may spell a base token with any tokens, each of a byte at least.
-    most = {STATISTICS: max(map(len, tokenizer.artefact.removed.values()), default=1),
+    most = {STATISTICS: rho_max_in(tokenizer.artefact),
             STATISTICS_OUT: tokenizer.base.max_token_bytes}  # fmt: skip
     meta = dict(tokenizer.artefact.meta)
     date = datetime.datetime.fromtimestamp(wall_s(), datetime.UTC).date().isoformat()

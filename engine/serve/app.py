@@ -23,7 +23,7 @@ from engine.serve.engine_client import EngineFailed
 from engine.serve.errors import ApiError, shown
 from engine.serve.generation import ClientGone, Generation, Prompt, Tools
 from engine.serve.guard import FAULT, Guard, Receive, Send, error_headers
-from engine.serve.ids import Limits, take_ids, take_space
+from engine.serve.ids import Limits, take_space, take_text_ids
 from engine.serve.logprobs_json import LogprobsJson
 from engine.serve.openai_json import Shape, error_event
 from engine.serve.services import Services
@@ -52,6 +52,8 @@ class _Model:
 
 async def _encode_all(model: _Model, ask: schema.Ask) -> list[Prompt]:
     """Every prompt as ids of the engine."""
+    from engine.tokenization.stream import whole_characters
+
     length = model.limits.max_model_len
     if ask.messages is not None:
         if not model.text.facts.has_template:
@@ -62,15 +64,14 @@ async def _encode_all(model: _Model, ask: schema.Ask) -> list[Prompt]:
     for prompt in ask.prompts:
         if isinstance(prompt, str):
             done = await model.text.encode(prompt, add_special_tokens=True, max_tokens=length)
-            prompts.append(Prompt(done.tokens, done.base_count, prompt if ask.echo else ""))
+            prompts.append(Prompt(done.tokens, done.base_count, prompt if ask.echo else None))
             continue
-        base = ask.token_space == "base"
-        echo = await model.text.decode(prompt, base=base) if ask.echo else ""
-        if base:
-            prompts.append(Prompt((await model.text.convert(prompt)).tokens, len(prompt), echo))
-        else:
-            lengths = model.tools.base_lengths
-            prompts.append(Prompt(prompt, sum(lengths[token] for token in prompt) if lengths else len(prompt), echo))
+        base, lengths = ask.token_space == "base", model.tools.base_lengths
+        text = await model.text.decode(prompt, base=base) if ask.echo else None
+        base_tokens = sum(lengths[token] for token in prompt) if lengths and not base else len(prompt)
+        ids = (await model.text.convert(prompt)).tokens if base else prompt
+        echo = None if text is None else whole_characters(model.tools.tokenizer.table, ids, text)
+        prompts.append(Prompt(ids, base_tokens, echo))
     return prompts
 
 
@@ -175,13 +176,15 @@ async def _whole(generation: Generation, shape: Shape) -> Response:
     parts = [[echo] for echo in generation.echoes]
     reasons = ["stop"] * len(parts)
     logprobs: list[list[TokenLogprobs]] = [[] for _ in parts]
+    offsets: list[list[int]] = [[] for _ in parts]
     while not generation.done:
         for delta in await generation.next():
             parts[delta.index].append(delta.text)
             reasons[delta.index] = delta.finish_reason or reasons[delta.index]
             logprobs[delta.index] += delta.logprobs
+            offsets[delta.index] += delta.offsets
     texts = ["".join(part) for part in parts]
-    body = shape.whole(list(zip(texts, reasons, logprobs, strict=True)), generation.usage())
+    body = shape.whole(list(zip(texts, reasons, logprobs, offsets, strict=True)), generation.usage())
     return Response(body, media_type="application/json")
 
 
@@ -291,7 +294,7 @@ def _add_text(app: FastAPI, services: Services) -> None:
         if fields or not isinstance(tokens, list):
             raise ApiError(400, "the fields are model, token_space and tokens, a list of token ids",
                            next(iter(fields), "tokens"))  # fmt: skip
-        ids = take_ids(tokens, model.limits, "tokens", space)
+        ids = take_text_ids(tokens, model.limits, "tokens", space)
         return json_response({"prompt": await model.text.decode(ids, base=space == "base")})
 
 

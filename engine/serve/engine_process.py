@@ -23,7 +23,7 @@ import zmq
 
 from engine.core.clock import MonotonicClock
 from engine.core.config import EngineConfig
-from engine.core.errors import ConfigError, RequestError
+from engine.core.errors import ConfigError, RequestError, named
 from engine.core.executor import Executor
 from engine.core.heap import settle_heap
 from engine.core.plan import StepPlan, StepResult, Update
@@ -279,7 +279,7 @@ def serve(start: wire.EngineStart, control: child.FrameWriter, build: Build) -> 
         control.send(wire.Progress("loading the model"))
         built = build(start.config, lambda text: control.send(wire.Progress(text)))
     except ConfigError as error:
-        control.send(wire.Failed(" ".join(str(error).split("\n"))[:4096], 2))
+        control.send(wire.Failed(" ".join(named(error).split("\n"))[:4096], 2))
         return 2
     except Exception as error:
         log.debug("building the engine failed", exc_info=True)

@@ -33,23 +33,23 @@ class ClientGone(Exception):
 
 class Prompt(NamedTuple):
     """One prompt. base_tokens: how many tokens of the base vocabulary its text has; echo: text that goes before the
-    answer."""
+    answer, whole characters; None = nothing does."""
 
     ids: list[int]
     base_tokens: int
-    echo: str = ""
+    echo: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class TextDelta:
     """New text of one choice and, at the end, why it ended ("stop" | "length"). logprobs: of the tokens that came,
-    where they were asked for; text may lag behind them. first_char: characters of the answer before them."""
+    where they were asked for; text may lag behind them. offsets: characters of the answer before each of them."""
 
     index: int
     text: str
     finish_reason: str | None
     logprobs: Sequence[TokenLogprobs] = ()
-    first_char: int = 0
+    offsets: Sequence[int] = ()
 
 
 @dataclass(slots=True)
@@ -60,6 +60,7 @@ class _Sample:
     detokenizer: Detokenizer
     num_tokens: int = 0
     base_tokens: int = 0
+    begun: bool = False  # the prompt ends inside a character, and no token has said yet whether it goes on with it
     chars: int = 0  # begun in tokens whose logprobs were told
     last_s: float = 0.0
     finish_reason: str | None = None
@@ -96,16 +97,17 @@ class Generation:
         self.mailbox = Mailbox(len(prompts) * params.n)
         self.prompt_tokens = sum(len(prompt.ids) for prompt in prompts)
         self.base_prompt_tokens = sum(prompt.base_tokens for prompt in prompts)
-        self.echoes = [prompt.echo for prompt in prompts for _ in range(params.n)]
+        self.echoes = [prompt.echo or "" for prompt in prompts for _ in range(params.n)]
         self._tools = tools
         self._accepted_s = accepted_s
         self._open = 0
         begun = [unfinished_bytes(tools.tokenizer.table, prompt.ids) for prompt in prompts]
-        self._samples = [
-            _Sample(f"{self.name}-{i}", Detokenizer(tools.tokenizer, stop=params.stop, min_tokens=params.min_tokens,
-                                                    continues=True, begun=begun[i // params.n]))
-            for i in range(len(prompts) * params.n)
-        ]
+        self._samples = []
+        for i in range(len(prompts) * params.n):
+            cut, echoed = begun[i // params.n], prompts[i // params.n].echo is not None
+            detokenizer = Detokenizer(tools.tokenizer, stop=params.stop, min_tokens=params.min_tokens, continues=True,
+                                      begun=cut, owed=echoed)
+            self._samples.append(_Sample(f"{self.name}-{i}", detokenizer, begun=bool(cut)))
         if tools.sampler is not None:
             for sample in self._samples:
                 sample.output = tools.sampler.choose()
@@ -214,8 +216,8 @@ class Generation:
         self._measure(sample, kept, now_s)
         if self._tools.base_lengths is not None:
             sample.base_tokens += sum(self._tools.base_lengths[token] for token in piece.tokens[:kept])
-        logprobs, first_char = piece.logprobs[:kept], sample.chars
-        sample.chars += sum(chars_begun(self._tools.tokenizer.table, entry.ids[0]) for entry in logprobs)
+        logprobs = piece.logprobs[:kept]
+        offsets = [self._offset(sample, entry.ids[0]) for entry in logprobs]
         if delta.stopped:
             self._tools.engine.abort([sample.request_id])
             sample.finish_reason = "stop"
@@ -231,7 +233,18 @@ class Generation:
                 self._tools.sampler.ended(self._prompts[index // n].ids, sample.output)
         if not text and not logprobs and sample.finish_reason is None:
             return None
-        return TextDelta(index, text, sample.finish_reason, logprobs, first_char)
+        return TextDelta(index, text, sample.finish_reason, logprobs, offsets)
+
+    def _offset(self, sample: _Sample, token: int) -> int:
+        """Characters before a token, which is counted. One that goes on with the prompt's last character begins it,
+        as far as the answer goes."""
+        table, before = self._tools.tokenizer.table, sample.chars
+        piece = b"" if token in table.special_ids else table.piece(token)
+        sample.chars += chars_begun(piece)
+        if sample.begun and piece:
+            sample.begun = False
+            sample.chars += 0x80 <= piece[0] < 0xC0
+        return before
 
     def _measure(self, sample: _Sample, tokens: int, now_s: float) -> None:
         if tokens == 0:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from engine.core.errors import RequestError
-from engine.core.request import MAX_LOGIT_BIAS
+from engine.core.request import MAX_LOGIT_BIAS, MAX_STOP_IDS
 from engine.serve.errors import bad, shown
 
 SPACES = ("base", "engine")
@@ -61,12 +61,18 @@ def fields_with_ids(fields: Mapping[str, Any]) -> list[str]:
     return [*(["prompt"] if of_ids else []), *(name for name in ("stop_token_ids", "logit_bias") if fields.get(name))]
 
 
-def take_ids(value: object, limits: Limits, param: str, space: str = "engine") -> list[int]:
-    """A list of token ids of a space, each a real integer inside the vocabulary; not converted yet."""
+def take_text_ids(value: object, limits: Limits, param: str, space: str = "engine") -> list[int]:
+    """take_ids of a text (a prompt), which must fit in the context."""
     assert isinstance(value, list)
     if space == "engine" and len(value) > limits.max_model_len:  # base ids may become fewer
         raise bad(param, f"{param} has {len(value)} tokens; the model's context is {limits.max_model_len} tokens",
                   "context_length_exceeded")
+    return take_ids(value, limits, param, space)
+
+
+def take_ids(value: object, limits: Limits, param: str, space: str = "engine") -> list[int]:
+    """A list of token ids of a space, each a real integer inside the vocabulary; not converted yet."""
+    assert isinstance(value, list)
     if set(map(type, value)) - {int}:
         wrong = next(item for item in value if type(item) is not int)
         raise bad(param, f"{param} holds {shown(wrong)}, which is not a token id (an integer)")
@@ -82,8 +88,8 @@ def take_stop_ids(fields: dict[str, Any], limits: Limits, space: str) -> tuple[i
     value = fields.pop("stop_token_ids", None)
     if value is None:
         return ()
-    if not isinstance(value, list):
-        raise bad("stop_token_ids", f"stop_token_ids={shown(value)} is not a list of token ids")
+    if not isinstance(value, list) or len(value) > MAX_STOP_IDS:
+        raise bad("stop_token_ids", f"stop_token_ids={shown(value)} is not a list of at most {MAX_STOP_IDS} token ids")
     return tuple(_mapped(token, limits, "stop_token_ids", space)
                  for token in take_ids(value, limits, "stop_token_ids", space))
 

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from engine.core.clock import MonotonicClock
 from engine.core.config import DEFAULT_MODEL, ServerConfig
-from engine.core.errors import ConfigError
+from engine.core.errors import ConfigError, named
 from engine.serve import child
 from engine.serve.engine_client import ENGINE_COMMAND, EngineClient, EngineFailed, EngineProcess
 from engine.serve.flags import Launch
@@ -119,7 +119,7 @@ class Supervisor:
             status = await self._start_and_wait(engine)
         except (EngineFailed, ConfigError, TextWorkerDied) as error:
             status = 2 if isinstance(error, ConfigError) else getattr(error, "exit_status", 1)
-            log.error("%s", error)
+            log.error("%s", named(error))
         http.should_exit = True
         await serving
         lag.cancel()

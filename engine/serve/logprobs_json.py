@@ -23,20 +23,16 @@ class LogprobsJson:
     table: PieceTable
     chat: bool
 
-    def __call__(self, entries: Sequence[TokenLogprobs], offset_chars: int) -> dict[str, Any]:
-        """The `logprobs` of a choice (of a piece of it, when streaming). offset_chars: characters before them."""
+    def __call__(self, entries: Sequence[TokenLogprobs], offsets: Sequence[int]) -> dict[str, Any]:
+        """The `logprobs` of a choice (of a piece of it, when streaming). offsets: characters before each."""
         if self.chat:
             return {"content": [
                 {**self._token(entry.ids[0], entry.values[0]),
                  "top_logprobs": [self._token(*pair) for pair in zip(entry.ids[1:], entry.values[1:], strict=True)]}
                 for entry in entries]}  # fmt: skip
-        offsets = []
-        for entry in entries:
-            offsets.append(offset_chars)
-            offset_chars += chars_begun(self.table, entry.ids[0])
         return {"tokens": [self.name(entry.ids[0]) for entry in entries],
                 "token_logprobs": [max(LEAST, entry.values[0]) for entry in entries],
-                "top_logprobs": [self._named(entry) for entry in entries], "text_offset": offsets,
+                "top_logprobs": [self._named(entry) for entry in entries], "text_offset": list(offsets),
                 "bytes": [self._bytes(entry.ids[0]) for entry in entries]}  # fmt: skip
 
     def name(self, token: int) -> str:
@@ -62,8 +58,6 @@ class LogprobsJson:
         return found
 
 
-def chars_begun(table: PieceTable, token: int) -> int:
-    """Characters of the text that begin in a token."""
-    if token in table.special_ids:
-        return 0
-    return sum(byte & 0xC0 != 0x80 for byte in table.piece(token))
+def chars_begun(piece: bytes) -> int:
+    """Characters of the text that begin in a token's bytes."""
+    return sum(byte & 0xC0 != 0x80 for byte in piece)

@@ -46,9 +46,10 @@ class Shape:
         """The response's id, e.g. cmpl-..."""
         return f"{'chatcmpl' if self.chat else 'cmpl'}-{self.request_name}"
 
-    def whole(self, choices: Sequence[tuple[str, str, Sequence[TokenLogprobs]]], usage: dict[str, int]) -> bytes:
-        """A plain answer. choices: (text, finish reason, logprobs) in order."""
-        made = [self._choice(i, text, reason, logprobs) for i, (text, reason, logprobs) in enumerate(choices)]
+    def whole(self, choices: Sequence[tuple[str, str, Sequence[TokenLogprobs], Sequence[int]]],
+              usage: dict[str, int]) -> bytes:
+        """A plain answer. choices: (text, finish reason, logprobs, their offsets) in order."""
+        made = [self._choice(i, *choice) for i, choice in enumerate(choices)]
         kind = "chat.completion" if self.chat else "text_completion"
         return _encode({"id": self.id, "object": kind, "created": self.created_s, "model": self.model,
                         "choices": made, "usage": usage})  # fmt: skip
@@ -64,7 +65,7 @@ class Shape:
         """The events of new text; the last of a choice has its finish reason."""
         if not self.chat:
             return self._frame([self._choice(delta.index, delta.text, delta.finish_reason, delta.logprobs,
-                                             delta.first_char)])
+                                             delta.offsets)])
         frames = b""
         if delta.text or delta.logprobs:
             frames += self._frame([self._delta(delta.index, {"content": delta.text}, None, delta.logprobs)])
@@ -77,19 +78,19 @@ class Shape:
         return (self._frame([], usage) if self.include_usage else b"") + DONE
 
     def _choice(self, index: int, text: str, reason: str | None, logprobs: Sequence[TokenLogprobs] = (),
-                first_char: int = 0) -> dict[str, Any]:
+                offsets: Sequence[int] = ()) -> dict[str, Any]:
         said = {"message": {"role": "assistant", "content": text}} if self.chat else {"text": text}
-        told = self._told(logprobs, first_char) if logprobs else None
+        told = self._told(logprobs, offsets) if logprobs else None
         return {"index": index, **said, "logprobs": told, "finish_reason": reason}
 
     def _delta(self, index: int, delta: dict[str, str], reason: str | None, logprobs: Sequence[TokenLogprobs] = ()
                ) -> dict[str, Any]:
-        told = self._told(logprobs, 0) if logprobs else None
+        told = self._told(logprobs, ()) if logprobs else None
         return {"index": index, "delta": delta, "logprobs": told, "finish_reason": reason}
 
-    def _told(self, logprobs: Sequence[TokenLogprobs], first_char: int) -> dict[str, Any]:
+    def _told(self, logprobs: Sequence[TokenLogprobs], offsets: Sequence[int]) -> dict[str, Any]:
         assert self.logprobs is not None
-        return self.logprobs(logprobs, first_char)
+        return self.logprobs(logprobs, offsets)
 
     def _frame(self, choices: list[dict[str, Any]], usage: dict[str, int] | None = None) -> bytes:
         kind = "chat.completion.chunk" if self.chat else "text_completion"

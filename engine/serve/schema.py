@@ -14,7 +14,7 @@ from typing import Any
 from engine.core.errors import RequestError
 from engine.core.request import MAX_ABS_PRIORITY, MAX_LOGPROBS, SamplingParams
 from engine.serve.errors import ApiError, bad, shown
-from engine.serve.ids import Limits, fields_with_ids, take_ids, take_logit_bias, take_space, take_stop_ids
+from engine.serve.ids import Limits, fields_with_ids, take_logit_bias, take_space, take_stop_ids, take_text_ids
 
 MAX_PROMPTS = 1024
 MAX_SAMPLES = 1024  # n x prompts
@@ -160,7 +160,7 @@ def take_prompts(value: object, limits: Limits, space: str = "engine") -> tuple[
     for item in many:
         if not item:
             raise bad("prompt", "prompt is empty; at least one token is needed")
-        prompts.append(item if isinstance(item, str) else take_ids(item, limits, "prompt", space))
+        prompts.append(item if isinstance(item, str) else take_text_ids(item, limits, "prompt", space))
     return tuple(prompts)
 
 

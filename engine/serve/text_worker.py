@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 
-from engine.core.errors import TesseraError
+from engine.core.errors import TesseraError, named
 from engine.serve import child, wire
 
 ADDRESS_SPACE_BYTES = 8 << 30  # a template that builds a huge text meets MemoryError, not the machine's limit
@@ -71,7 +71,7 @@ def main(folder: str, patch: str | None = None) -> int:
         if tokenizer.chat_template is not None:
             tokenizer.encode_parts([Part("x", False)])  # makes what the first chat would wait for
     except TesseraError as error:
-        writer.send(wire.TextError(str(error)[:4096]))
+        writer.send(wire.TextError(named(error)[:4096]))
         return 2
     writer.send(wire.TextReady(min(tokenizer.max_token_bytes, 1 << 20), tokenizer.chat_template is not None))
     while True:

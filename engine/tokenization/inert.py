@@ -28,9 +28,10 @@ class Joined(NamedTuple):
 
 
 class Inert:
-    """firm: the special tokens' strings. names: those, and the marks that only the chat template's source tells to be
-    such (`<...>` or `[...]` among the other added tokens: some vocabularies do not call their speakers' marks special)
-    -> secret name. pattern: finds any of them, the longest first."""
+    """firm: the special tokens' strings. names: those, and the marks among the other added tokens (some vocabularies
+    do not call all of theirs special): `<|...|>`, and what the chat template's source writes of `<...>` and `[...]`.
+    The rest (HTML tags, runs of spaces, rare letters) are added tokens that ordinary texts consist of, and stay.
+    names -> secret name. pattern: finds any of them, the longest first."""
 
     def __init__(self, backend: tokenizers.Tokenizer, template: str | None) -> None:
         definition = json.loads(backend.to_str())
@@ -38,13 +39,17 @@ class Inert:
         nonce = secrets.token_hex(16)
         self.firm = frozenset(token["content"] for token in added if token["special"] and token["content"])
         marks = {token["content"] for token in added if _is_mark(token["content"])}
-        spelled = {text for text in marks if text in (template or "")}
+        spelled = {text for text in marks if text in (template or "") or _is_control(text)}
         # Brackets, because some added tokens match only where no letter is beside them.
         self.names = {text: f"<{nonce}{number}>" for number, text in enumerate(sorted(self.firm | spelled))}
         self.pattern = re.compile("|".join(map(re.escape, sorted(self.names, key=len, reverse=True))) or r"(?!)")
         ids = {self.names.get(token["content"], token["content"]): token["id"] for token in added}
         _rename(definition, self.names, ids)
-        self.backend = tokenizers.Tokenizer.from_str(json.dumps(definition))
+        try:
+            self.backend = tokenizers.Tokenizer.from_str(json.dumps(definition))
+        except Exception as error:  # the library raises no narrower one
+            raise LoadError("tokenizer.json's special strings cannot be told from text: its vocabulary without them is "
+                            f"refused: {str(error)[:160]}") from None
         for name, token in ids.items():
             if self.backend.token_to_id(name) != token:
                 raise LoadError(f"added token {token} of tokenizer.json cannot be told from text: its vocabulary "
@@ -64,6 +69,11 @@ class Inert:
         return Joined("".join(texts), bounds[:-1])
 
 
+def _is_control(text: str) -> bool:
+    """`<|fim_prefix|>` and the like, also with the full-width bar."""
+    return len(text) > 4 and text[0] == "<" and text[-1] == ">" and {text[1], text[-2]} <= {"|", "\uff5c"}
+
+
 def _is_mark(text: str) -> bool:
     return len(text) > 2 and (text[0], text[-1]) in (("<", ">"), ("[", "]"))
 
@@ -71,8 +81,8 @@ def _is_mark(text: str) -> bool:
 def _rename(definition: dict[str, Any], names: dict[str, str], ids: dict[str, int]) -> None:
     """Give the tokens their secret names in a tokenizer.json. ids: name -> id of every added token.
 
-    The old name leaves the vocabulary, so that no merge can spell it either; but what a rule of the model still
-    names (a merge, the unknown token) stays.
+    The old name leaves the vocabulary; but what a rule of the model still names (a merge's side, the unknown token)
+    stays. Raises LoadError for a merge that makes one of them: ordinary text would become that token.
     """
     model = definition["model"]
     for token in definition["added_tokens"]:
@@ -84,7 +94,11 @@ def _rename(definition: dict[str, Any], names: dict[str, str], ids: dict[str, in
             if token < len(vocab):
                 vocab[token][0] = name
         return
-    merges = (merge if isinstance(merge, list) else merge.split(" ") for merge in model.get("merges", ()))
+    merges = [merge if isinstance(merge, list) else merge.split(" ") for merge in model.get("merges", ())]
+    made = next((text for merge in merges if (text := "".join(merge)) in names), None)
+    if made is not None:
+        raise LoadError(f"tokenizer.json: a merge makes {made[:80]!r}, which is a special token too, so users' text "
+                        "cannot be told from it; take the merge out, or use the model's own tokenizer.json")
     used = {model.get("unk_token"), *(part for merge in merges for part in merge)}
     for text in names:
         if text not in used:

@@ -11,8 +11,9 @@ from engine.tokenization.vocabulary import Tokenizer
 def load_tokenizer(path_or_name: str | Path, patch: str | Path | None = None) -> Tokenizer:
     """The tokenizer of a model folder (or of the folder that holds the given tokenizer.json).
 
-    patch: the folder of a patched vocabulary (docs/vocabularies.md) for that tokenizer; None = the one inside the
-    model folder, if there is one. Raises LoadError, one line, naming file and reason.
+    patch: the folder of a patched vocabulary (docs/vocabularies.md) for that tokenizer, or one that has it in
+    `patch/`; None = the one inside the model folder, if there is one. Raises LoadError, one line, naming file and
+    reason.
     """
     path = Path(path_or_name).expanduser()
     own = (path.parent if path.is_file() else path) / "patch"

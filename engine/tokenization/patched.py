@@ -22,7 +22,7 @@ from engine.patching.artefact import CONFIG_MARK, Artefact, read
 from engine.patching.base import BaseVocabulary, base_of
 from engine.patching.merging import Merger
 from engine.tokenization.hf import HfTokenizer, check_unicode, configured_ends, load_base_tokenizer
-from engine.tokenization.inert import Inert
+from engine.tokenization.inert import Inert, Joined
 from engine.tokenization.jsonfile import read_optional_object
 from engine.tokenization.vocabulary import Encoded, Part, PieceTable
 
@@ -98,16 +98,26 @@ class PatchedTokenizer:
 
     def encode_parts(self, parts: Sequence[Part]) -> Encoded:
         """See Tokenizer. The base encodes the text whole, as without a patch; a base token across a boundary stays
-        alone. Merges appended to the BPE are part of it, and reach as far as the base's own."""
+        alone. An appended merge across one is taken apart again."""
         joined = self._inert.join(parts)
         check_unicode(joined.text)
         if self._merger is None:
-            return Encoded(self._inert.encode(joined.text), self.base.encode_parts(parts).base_ids)
+            return Encoded(self._apart(joined), self.base.encode_parts(parts).base_ids)
         found = self._inert.backend.encode(joined.text, add_special_tokens=False)
         base_ids, ids = list(found.ids), []
         for begin, end in _stretches(found.offsets, joined.bounds):
             ids += self._second(base_ids[begin:end])
         return Encoded(ids, base_ids)
+
+    def _apart(self, joined: Joined) -> list[int]:
+        """Ids of appended-merges: a new id across a boundary by the base ids that it stands for."""
+        found = self._inert.backend.encode(joined.text, add_special_tokens=False)
+        ids: list[int] = []
+        for token, (first, last) in zip(found.ids, found.offsets, strict=True):
+            new = token >= self.artefact.base_vocab_size  # then its new ids begin (invariants.py)
+            across = new and bisect_right(joined.bounds, first) != bisect_right(joined.bounds, last - 1)
+            ids += self.artefact.old_ids[token] if across else (token,)
+        return ids
 
     def from_base_ids(self, ids: Sequence[int]) -> list[int]:
         """See Tokenizer."""

@@ -80,11 +80,13 @@ class Detokenizer:
     min_tokens tokens does not count. skip_special_tokens: leave special tokens out, as decode does.
     continues: the tokens continue a prompt, so a leading space is text and is kept (decode of the answer alone drops
     it for SentencePiece vocabularies). begun: bytes of a character that the prompt ends in the middle of
-    (unfinished_bytes): if the tokens end it, the text begins with the whole character.
+    (unfinished_bytes): if the tokens end it, the text begins with the whole character. owed: nobody was shown anything
+    of it (whole_characters): where the tokens do not end it, it is U+FFFD.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), min_tokens: int = 0,
-                 skip_special_tokens: bool = True, *, continues: bool = False, begun: bytes = b"") -> None:
+                 skip_special_tokens: bool = True, *, continues: bool = False, begun: bytes = b"", owed: bool = False
+                 ) -> None:
         self._table = table = tokenizer.table
         self._pieces = table.pieces
         self._skipped = table.special_ids if skip_special_tokens else frozenset[int]()
@@ -97,7 +99,13 @@ class Detokenizer:
         self._finished = False
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._run = _Run()
-        self._begun = begun
+        self._begun = b"" if owed else begun
+        if owed and begun:
+            if not table.byte_runs:
+                self._utf8.decode(begun)
+            else:
+                self._run.decode(begun)
+                self._run.count, self._run.states, self._run.strip = len(begun), list(self._stops.states), self._strip
 
     def push(self, ids: Sequence[int]) -> Delta:
         """Add tokens; the text that is certain now. After a stop, nothing more comes and no token is kept."""
@@ -211,16 +219,39 @@ class Detokenizer:
 
 def unfinished_bytes(table: PieceTable, prompt: Sequence[int]) -> bytes:
     """The last bytes of a prompt that begin a character and do not end it; b"" in almost every prompt."""
-    tail = b""
+    return _begun(_last_bytes(table, prompt, 4))
+
+
+def whole_characters(table: PieceTable, prompt: Sequence[int], text: str) -> str:
+    """The text of a prompt (as decode gives it) without the character that it ends in the middle of. Of a run of byte
+    tokens, what is whole before that character is text, even if the character never ends."""
+    begun = unfinished_bytes(table, prompt)
+    if not begun:
+        return text
+    if not table.byte_runs:
+        return text.removesuffix(REPLACEMENT)
+    run = _last_bytes(table, prompt, len(text))  # because of its end all of it was U+FFFD, one for each byte
+    before = run[: -len(begun)]
+    try:
+        return text[: -len(run)] + before.decode()
+    except UnicodeDecodeError:
+        return text[: -len(begun)]
+
+
+def _last_bytes(table: PieceTable, prompt: Sequence[int], enough: int) -> bytes:
+    """The bytes that a prompt ends with, at least `enough` where there are as many before anything else."""
+    found: list[bytes] = []
+    size = 0
     for token in reversed(prompt):
         pieces = table.mixed.get(token) or ((table.piece(token), not table.byte_runs or token in table.byte_ids),)
         for piece, is_byte in reversed(pieces):
             if token in table.special_ids or not is_byte:
-                return _begun(tail)
-            tail = piece + tail
-        if len(tail) >= 4:
+                return b"".join(reversed(found))
+            found.append(piece)
+            size += len(piece)
+        if size >= enough:
             break
-    return _begun(tail)
+    return b"".join(reversed(found))
 
 
 def _begun(tail: bytes) -> bytes:

@@ -144,7 +144,9 @@ def test_advertised_context() -> None:
 
 @pytest.mark.parametrize("change", [
     {"documents": 1}, {"base_tokens": 0}, {"patched_tokens": 10**9}, {"se": math.nan}, {"q99": 0.1}, {"phi": -1.0},
-    {"q50": True}, {"rho_max": None}, {"documents": 2.5},
+    {"q50": True}, {"rho_max": None}, {"documents": 2.5}, {"base_tokens": 1e999}, {"base_tokens": 10**400},
+    {"documents": 10**400}, {"se": 1e300}, {"phi": 10**400}, {"q50": 1e-320, "q95": 1e-320, "q99": 1e-320},
+    {"patched_tokens": math.nan}, {"q99": math.inf, "rho_max": math.inf}, {"base_tokens": 1 << 50},
 ])  # fmt: skip
 def test_stored_figures_are_checked(change: dict[str, object]) -> None:
     """A figure that cannot be is refused with the domain's name."""

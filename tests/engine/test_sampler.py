@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from engine.core.errors import RequestError
 from engine.core.request import SamplingParams
 from engine.runner.sampler import Pick, RawRows, Sampler, sample_row, uniform
 
@@ -128,3 +129,11 @@ def test_logprobs_are_of_the_logits_before_they_are_changed() -> None:
         torch.testing.assert_close(values[place, : count + 1].double(), truth[row, kept], atol=1e-5, rtol=0)
         alone = RawRows(logits[row : row + 1], [picks[row]]).logprobs(picked[row : row + 1])
         assert torch.equal(alone[0][0], kept) and torch.equal(alone[1][0], values[place, : count + 1])
+
+
+@pytest.mark.parametrize("huge", [10**400, -(10**400), 10**5000], ids=("401", "-401", "5001"))
+@pytest.mark.parametrize("field", ["temperature", "top_p", "min_p", "logit_bias", "top_k", "max_tokens"])
+def test_huge_integers_are_refused_as_any_other_number(field: str, huge: int) -> None:
+    """They have no float, and from 4,300 digits on Python writes none of them into a message."""
+    with pytest.raises(RequestError, match=field):
+        SamplingParams(**{field: {5: huge} if field == "logit_bias" else huge})  # type: ignore[arg-type]

@@ -270,7 +270,7 @@ def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
     base = tiny_llama_dir(tmp_path, tie_word_embeddings=True)
     artefact = real_patch(base)
     write(artefact, tmp_path / "patch")
-    assert apply.run(flags_of("--model", base, "--patch", tmp_path / "patch", "--out", tmp_path / "out")) == 0
+    assert apply.run(flags_of("--model", base, "--patch", tmp_path, "--out", tmp_path / "out")) == 0
     printed = capsys.readouterr()
     report = json.loads(printed.out)
     assert report["rows_after"] == TINY_VOCAB + 2 and report["ngram_rows"] == 8 and "was tied" in printed.err

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -186,11 +187,13 @@ def test_one_command_applies_and_trains(tmp_path: Path) -> None:
     base, vocabulary = model_of(tmp_path), tmp_path / "vocabulary"
     assert patch_command(["build", "--base", str(base), "--corpus", str(texts), "--num-tokens", "8", "--out",
                           str(vocabulary), "--no-progress", "--keep-copies"]) == 0  # fmt: skip
+    above = tmp_path / "above"
+    shutil.copytree(vocabulary, above / "patch")
     common = ["--corpus", str(texts), "--context", "16", "--batch", "4", "--steps", "2", "--no-progress"]
     assert patch_command(["apply", "--model", str(base), "--patch", str(vocabulary), "--out",
                           str(tmp_path / "applied"), "--no-progress"]) == 0  # fmt: skip
     assert patch_command(["train", "--model", str(tmp_path / "applied"), "--out", str(tmp_path / "two"), *common]) == 0
-    together = ["train", "--model", str(base), "--patch", str(vocabulary), "--out", str(tmp_path / "one"), *common]
+    together = ["train", "--model", str(base), "--patch", str(above), "--out", str(tmp_path / "one"), *common]
     assert patch_command(together) == 0
     assert tensors_of(tmp_path / "one") == tensors_of(tmp_path / "two")
     (tmp_path / "one").rename(tmp_path / "kept")

@@ -9,14 +9,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from engine.core.errors import LoadError
-from engine.patching import errors
-from engine.patching.artefact import Artefact, allocate, allocate_merges, read, write
+from engine.core.errors import LoadError, RequestError
+from engine.patching import cli_inspect, errors
+from engine.patching.artefact import Artefact, _rows, _to_arrays, allocate, allocate_merges, read, write
 from engine.patching.base import BaseVocabulary, canonical_sha256, load_base
 from engine.patching.invariants import check, check_rows, dead_ngrams
 from engine.patching.place import ARRAYS_NAME, JSON_NAME, find
+from engine.tokenization import load_tokenizer
+from engine.tokenization.patched import PatchedTokenizer
+from scripts import patch as command
 from tests.patch.bases import SP_TEXT, decompositions, definition_of, small_patch
 
 
@@ -36,6 +40,9 @@ def test_what_is_written_is_read(tmp_path: Path, made: Artefact, folders: dict[s
     assert read(place, folders["pieces"]) == made
     for name in (JSON_NAME, ARRAYS_NAME):
         assert (place / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+    assert read(tmp_path / "model", folders["pieces"]) == made
+    tokenizer = load_tokenizer(folders["pieces"], tmp_path / "model")
+    assert isinstance(tokenizer, PatchedTokenizer) and tokenizer.artefact == made
     assert find(tmp_path) is None
 
 
@@ -110,6 +117,14 @@ def test_arrays_with_a_matching_hash_may_still_be_garbage(tmp_path: Path, made: 
     _json(lambda value: value["arrays"].update(promised))(tmp_path)
     with pytest.raises(errors.MalformedFile):
         read(tmp_path)
+
+
+def test_offsets_that_wrap_are_refused(made: Artefact) -> None:
+    """The difference of -2 and 2^31 - 1 is positive in 32 bits; such rows copied all parts again and again."""
+    arrays = dict(_to_arrays(made))
+    arrays["ngram_offsets"] = np.array([0, *[5, 2**31 - 1, -2] * 3, arrays["ngram_parts"].size], "<i4")
+    with pytest.raises(ValueError, match="ngram_offsets do not run"):
+        _rows("ngram", arrays)
 
 
 def _broken(made: Artefact, base: BaseVocabulary) -> list[tuple[type[errors.ArtefactError], Artefact]]:
@@ -230,3 +245,16 @@ def test_the_canonical_hash_is_of_the_vocabulary_and_not_of_the_file(folders: di
         other = json.loads(json.dumps(definition))
         change(other)
         assert canonical_sha256(other) != known
+
+
+@pytest.mark.parametrize("error", [LoadError("x is y"), RequestError("x is y"), OSError(28, "x is y")])
+def test_what_a_user_can_mend_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+                                          error: Exception) -> None:
+    """A full disk, a text that is no Unicode, a file that is none: status 2 and no traceback."""
+    def fail(_: object) -> int:
+        raise error
+
+    monkeypatch.setattr(cli_inspect, "run", fail)
+    assert command.main(["inspect", "somewhere"]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and f"{type(error).__name__}: " in said and "x is y" in said

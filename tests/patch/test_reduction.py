@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -89,14 +90,48 @@ def test_bad_files_are_named(content: dict[str, object], words: str, tmp_path: P
 
 def test_in_sample_figures_and_bare_numbers_warn(artefact: Path, tmp_path: Path) -> None:
     """They are taken, and what is wrong with them is said."""
-    side = {"documents": 50, "base_tokens": 1000, "patched_tokens": 700, "se": 0.01, "phi": 1.0, "q50": 0.7, "q95": 0.8,
-            "q99": 0.9, "rho_max": 3.0}  # fmt: skip
     file = tmp_path / "report.json"
-    file.write_text(json.dumps({"statistics": {"corpus": side, "held_out": {"documents": 0}}}))
+    file.write_text(json.dumps({"statistics": {"corpus": SIDE, "held_out": {"documents": 0}}}))
     assert "flatter" in (load_reduction(str(file), artefact, "corpus").warning or "")
     assert load_reduction(str(file), artefact).into is None
     assert "without `provenance`" in (load_reduction(_write(tmp_path, {"rho": 0.8}), None).warning or "")
     assert load_reduction(_write(tmp_path, {"rho": 0.8, "provenance": "us"}), None).warning is None
+
+
+SIDE = {"documents": 50, "base_tokens": 1000, "patched_tokens": 700, "se": 0.01, "phi": 1.0, "q50": 0.7, "q95": 0.8,
+        "q99": 0.9, "rho_max": 3.0}  # fmt: skip
+
+
+def test_figures_are_of_one_vocabulary(artefact: Path, tmp_path: Path) -> None:
+    """A file of another vocabulary's figures is refused, one that does not say whose they are is warned about."""
+    figures = {"statistics": {"held_out": SIDE}}
+    own = read(artefact).sha256
+    assert load_reduction(_write(tmp_path, figures | {"artefact_sha256": own}), artefact).warning is None
+    assert "do not say" in (load_reduction(_write(tmp_path, figures), artefact).warning or "")
+    with pytest.raises(LoadError, match="rho.json: its figures are of another vocabulary"):
+        load_reduction(_write(tmp_path, figures | {"artefact_sha256": "0" * 64}), artefact)
+
+
+@pytest.mark.parametrize("told", [1.0, 1e9])
+def test_what_no_text_exceeds_is_the_artefacts_to_say(told: float, artefact: Path) -> None:
+    """rho_max of texts is the most parts of a removed token; patch.json's notes are not hashed and may say anything."""
+    made = read(artefact)
+    write(dataclasses.replace(made, meta={"statistics": {"held_out": SIDE | {"rho_max": told}}}), artefact)
+    found = load_reduction(None, artefact).into
+    assert found is not None and found.rho_max == max(map(len, made.removed.values()))
+
+
+@pytest.mark.parametrize("field", ["1e999", "9" * 400, "1e-320", "NaN"])
+@pytest.mark.parametrize("name", ["base_tokens", "q99", "documents"])
+def test_figures_that_no_text_has_are_refused_by_file(field: str, name: str, tmp_path: Path) -> None:
+    """They ended the start with OverflowError or ValueError."""
+    side = json.dumps(SIDE | {"q50": 1e-321, "q95": 1e-321, name: "?"}).replace('"?"', field)
+    file = tmp_path / "figures.json"
+    file.write_text('{"statistics": {"held_out": ' + side + "}}")
+    try:
+        assert load_reduction(str(file), None).into is None  # documents that are no integer: not measured
+    except LoadError as error:
+        assert "figures.json: statistics of 'held_out'" in str(error)
 
 
 def _write(folder: Path, content: object) -> str:

@@ -97,6 +97,46 @@ def test_directories_that_do_not_fit_are_refused_by_name(tmp_path: Path, made: A
         import_upstream(_save(tmp_path, made, base, change), base)
 
 
+def _shared_lists() -> bytes:
+    """Lists that each hold the one before twice: written out, 2^60 characters."""
+    rounds = (b"0]q" + bytes([n]) + b"(" + (b"h" + bytes([n - 1])) * 2 + b"e" for n in range(1, 61))
+    return b"\x80\x04]q\x00" + b"".join(rounds)
+
+
+_LISTS = {"shared": _shared_lists(), "deep": b"\x80\x04" + b"]" * 50_000 + b"a" * 49_999}
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("shape", _LISTS)
+@pytest.mark.parametrize("where", ["part", "class", "converter"])
+def test_nested_lists_are_not_written_into_an_error(tmp_path: Path, made: Artefact, base: BaseVocabulary, shape: str,
+                                                    where: str) -> None:
+    """A pickle of 400 bytes took exponential time, a deep one ended in RecursionError: only the type is told."""
+    _save(tmp_path, made, base)
+    nested = _LISTS[shape][2:]
+    head = b"\x80\x04"
+    if where == "part":
+        (tmp_path / upstream.REMOVED).write_bytes(head + b"}\x8c\x01e]" + nested + b"as.")
+    elif where == "class":
+        (tmp_path / upstream.REMOVED).write_bytes(head + nested + b"\x8c\x01x\x93.")
+    else:
+        (tmp_path / upstream.CONVERTER).write_bytes(head + b"}\x8c\x01e}\x8c\x0bold_indices" + nested + b"ss.")
+    with pytest.raises(errors.ArtefactError) as found:
+        import_upstream(tmp_path, base)
+    assert len(str(found.value)) < 500
+
+
+def test_one_list_named_by_many_tokens_is_counted_before_it_is_copied(tmp_path: Path, made: Artefact,
+                                                                     base: BaseVocabulary) -> None:
+    """20,000 tokens times one list of 1,000 parts are 20 million parts in a small file."""
+    _save(tmp_path, made, base)
+    keys = b"".join(b"M" + struct.pack("<H", n) + b"h\x00s" for n in range(20_000))
+    shared = b"]q\x00(" + b"\x8c\x01e" * 1_000 + b"e0"
+    (tmp_path / upstream.REMOVED).write_bytes(b"\x80\x04" + shared + b"}" + keys + b".")
+    with pytest.raises(errors.PickleTooLarge, match="parts together"):
+        import_upstream(tmp_path, base)
+
+
 _DEEP = 200_000
 HOSTILE = {
     "os.system": b"cos\nsystem\n(S'touch OWNED'\ntR.",

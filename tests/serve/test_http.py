@@ -147,7 +147,7 @@ def test_stop_strings_end_the_text_and_the_work(server: Server, client: openai.O
 def test_stop_ids_and_the_eos_list(client: openai.OpenAI) -> None:
     """The model's eos ids stop unless ignored; stop_token_ids stop beside them."""
     for body, tokens in (({}, 3), ({"extra_body": {"ignore_eos": True}}, 5),
-                         ({"extra_body": {"stop_token_ids": [41]}}, 2)):  # fmt: skip
+                         ({"extra_body": {"stop_token_ids": [41] * 1024}}, 2)):  # fmt: skip
         made = client.completions.create(model=MODEL, prompt=[40, 41, 1, 43, 44], max_tokens=5, **body)  # type: ignore[call-overload]
         assert made.usage.completion_tokens == tokens
 

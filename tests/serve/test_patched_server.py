@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ import pytest
 from engine.patching.artefact import Artefact
 from engine.tokenization import load_tokenizer
 from engine.tokenization.patched import PatchedTokenizer
-from tests.serve.harness import REAL, Server, launch, stop, wait_ready
+from tests.serve.harness import REAL, ROOT, Server, launch, stop, wait_ready
 from tests.serve.patched_models import patched_folders
 from tests.serve.test_patched_llm import PROMPTS, SETTINGS
 
@@ -232,6 +234,23 @@ def test_a_prompt_that_ends_inside_a_character(http: httpx.Client, tokenizer: Pa
     bias = {str(whole[-1]): 100}
     said = post(http, C, prompt=whole[:-1], token_space="base", logit_bias=bias, temperature=0, max_tokens=1)
     assert said["choices"][0]["text"] == "🙂"
+    ask = {"prompt": whole[:-1], "token_space": "base", "logit_bias": bias, "temperature": 0, "max_tokens": 3}
+    echoed = post(http, C, **ask, echo=True)["choices"][0]["text"]
+    assert echoed.startswith("🙂") and echoed == post(http, C, **ask)["choices"][0]["text"]
+    told = post(http, C, **ask, logprobs=0)["choices"][0]["logprobs"]
+    assert told["text_offset"] == [0, 1, 1]  # the same byte twice more: it begins no character
+    with http.stream("POST", C, json={"model": "tiny", **ask, "logprobs": 0, "stream": True}) as answer:
+        pieces = [json.loads(line[6:])["choices"] for line in answer.iter_lines() if line.startswith("data: {")]
+    offsets = [choice["logprobs"]["text_offset"] for choices in pieces for choice in choices if choice["logprobs"]]
+    assert list(itertools.chain(*offsets)) == [0, 1, 1]
+
+
+def test_a_vocabulary_that_does_not_fit_is_refused_by_its_errors_name(made: tuple[Path, Path, Artefact]) -> None:
+    """One line with the error's name, as scripts.patch prints it; exit status 2."""
+    done = subprocess.run([sys.executable, "-m", REAL, "--port", "0", "--log-level", "error", "--model", str(made[0]),
+                           "--patch", str(made[1] / "patch")], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    assert done.returncode == 2 and len(lines) == 1 and "WrongRows: " in lines[0], done.stderr
 
 
 def test_stop_strings_end_inside_a_token(http: httpx.Client, tokenizer: PatchedTokenizer,

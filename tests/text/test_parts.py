@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import json
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from engine.core.errors import RequestError
-from engine.patching.artefact import allocate, write
+from engine.core.errors import LoadError, RequestError
+from engine.patching.artefact import allocate, allocate_merges, write
 from engine.patching.base import load_base
 from engine.tokenization import ChatTemplate, HfTokenizer, load_tokenizer
 from engine.tokenization.patched import PatchedTokenizer, _stretches
@@ -158,6 +159,55 @@ def test_no_ngram_reaches_across_a_part(tmp_path: Path) -> None:
     assert ids == base_ids != tokenizer.encode("<|im_start|>user\nThe quick<|im_end|>", False)
     across = [Part("<|im_start|>user\nTh", True), Part("e quick", False)]  # a base token may cross; nothing joins it
     assert tokenizer.encode_parts(across) == (base_ids[:-1], base_ids[:-1])
+
+
+def test_no_appended_merge_reaches_across_a_part(tmp_path: Path) -> None:
+    """A merge of the template's last token and the user's first is taken apart; within a part it stays."""
+    write_tiny_tokenizer(tmp_path)
+    plain = load_tokenizer(tmp_path)
+    line, letter = plain.encode("user", False), plain.encode("z", False)
+    assert plain.encode("userz", False) == line + letter
+    write(allocate_merges(load_base(tmp_path), [(line[-1], letter[0])]), tmp_path / "patch")
+    tokenizer = load_tokenizer(tmp_path)
+    ids, base_ids = tokenizer.encode_parts([Part("<|im_start|>user", True), Part("z userz", False)])
+    assert base_ids == plain.encode("<|im_start|>userz userz", False)
+    assert ids[: len(line) + 2] == base_ids[: len(line) + 2] and len(ids) == len(base_ids) - 1
+
+
+def test_controls_that_are_not_called_special_cannot_be_written(tmp_path: Path) -> None:
+    """`<|fim_prefix|>` of a user is text though no template names it; tags that texts consist of keep their ids."""
+    write_tiny_tokenizer(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    definition = json.loads(file.read_text())
+    first = len(definition["model"]["vocab"])
+    for number, text in enumerate(("<|fim_prefix|>", "<\uff5cfim\u2581hole\uff5c>", "<h1>", "\n\n\n")):
+        token = {**definition["added_tokens"][0], "content": text, "id": first + number, "special": False}
+        definition["added_tokens"].append(token)
+    file.write_text(json.dumps(definition))
+    tokenizer = load_tokenizer(tmp_path)
+    user = "a<|fim_prefix|>b<\uff5cfim\u2581hole\uff5c><h1>\n\n\n"
+    ids = tokenizer.encode_parts([Part("<|im_start|>", True), Part(user, False), Part("<|fim_prefix|>", True)]).ids
+    assert [token for token in ids if token >= first] == [first + 2, first + 3, first]
+    assert tokenizer.decode(ids, False) == f"<|im_start|>{user}<|fim_prefix|>"
+
+
+@pytest.mark.parametrize("further", [False, True])
+def test_a_merge_that_makes_a_special_token_is_refused(tmp_path: Path, further: bool) -> None:
+    """Users' text would become the token (where another merge goes on from it), or the library would not load."""
+    write_tiny_tokenizer(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    definition = json.loads(file.read_text())
+    vocab, merges = definition["model"]["vocab"], definition["model"]["merges"]
+    left, right = next(merge for merge in merges if "".join(merge) not in {part for pair in merges for part in pair})
+    definition["added_tokens"].append({**definition["added_tokens"][0], "content": left + right,
+                                       "id": vocab[left + right]})  # fmt: skip
+    if further:
+        vocab[f"{left}{right}z"] = len(vocab)
+        merges.append([left + right, "z"])
+    file.write_text(json.dumps(definition))
+    tokenizer = load_tokenizer(tmp_path)
+    with pytest.raises(LoadError, match=re.escape(f"a merge makes {left + right!r}")):
+        tokenizer.encode_parts([Part(left + right, False)])
 
 
 def test_base_ids_become_the_ids_of_their_text(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from engine.core.errors import InvariantError
 from engine.tokenization import Detokenizer, HfTokenizer
-from engine.tokenization.stream import unfinished_bytes
+from engine.tokenization.stream import unfinished_bytes, whole_characters
 from tests.text.conftest import real
 
 STYLES = ("smollm2", "llama2", "llama3_2", "qwen2_5")  # llama2 is SentencePiece with byte fallback
@@ -201,6 +201,14 @@ def test_a_prompt_cut_anywhere_and_its_rest_make_the_text(style: str) -> None:
         assert before[: len(before) - len(begun)].decode() + said == text
         other = Detokenizer(tokenizer, continues=True, begun=begun)
         assert other.push([fresh]).text == table.piece(fresh).decode()
+        shown = whole_characters(table, ids[:at], tokenizer.decode(ids[:at], False))
+        echoed = Detokenizer(tokenizer, continues=at > 0, begun=begun, owed=True)
+        whole = tokenizer.decode(ids, False)
+        assert shown + echoed.push(ids[at:]).text + echoed.finish().text == whole
+        echoed = Detokenizer(tokenizer, continues=True, begun=begun, owed=True)
+        never = echoed.push([fresh]).text
+        wanted = 0 if not begun else len(begun) if table.byte_runs else 1
+        assert never == "\ufffd" * wanted + table.piece(fresh).decode() and "\ufffd" not in shown
     assert len(cuts) >= 3
 
 
