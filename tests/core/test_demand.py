@@ -365,7 +365,7 @@ MAY_KNOW = {
     "engine/build.py", "engine/core/demand.py", "engine/core/growth.py", "engine/core/draft.py",
     "engine/core/scheduler.py", "engine/core/loop.py", "engine/core/config.py", "engine/patching/reduction.py",
     "engine/patching/report.py", "engine/patching/verify.py", "engine/patching/build.py", "engine/serve/reduction.py",
-    "engine/serve/metrics.py", "engine/patching/served.py",
+    "engine/serve/metrics.py",
 }  # fmt: skip
 NAMES = re.compile(r"(^|_)rho(_|$)|token_reduction|Rho|Demand|demand|[Ff]orecast|engine\.core\.growth")
 
