@@ -14,7 +14,8 @@ from engine.runner.batch import Batch, Row, pack
 from engine.scx.config import ScxConfig
 from engine.scx.errors import LayerNotEncoded, OutOfOrder, ScxError, ShapeMismatch, UnknownSession
 from engine.scx.keys import Secret
-from engine.scx.open import open_scx
+from engine.scx.open import OF_SCHEME, open_scx
+from engine.scx.schemes import schemes
 from engine.scx.secure import LocalSecureSide
 from engine.scx.sessions import Sessions
 from scripts.scx_exactness import GROUPS, HEADS, spec_of
@@ -179,6 +180,21 @@ def test_the_same_prompt_twice_is_not_the_same_rows(scheme: str) -> None:
     for mine, shared in zip(secure.encode(0, given, batch), static.encode(0, given, batch), strict=True):
         assert not (mine[:6] == mine[6:]).all(dim=-1).any()
         assert torch.equal(shared[:6], shared[6:])
+
+
+@pytest.mark.parametrize(("scheme", "said"), [
+    ("perm", "permutation mode is reversible from a single snapshot"),
+    ("perm-static", "one map for all requests and heads: for comparison only"),
+    ("perm-static", "permutation mode is reversible from a single snapshot"),
+    ("rotate", "rotation mode is reversible from norms"), ("mix", "lengths under mix still name some tokens"),
+])  # fmt: skip
+def test_the_log_says_what_a_scheme_does_not_hide(scheme: str, said: str, caplog: pytest.LogCaptureFixture) -> None:
+    """At start, as a warning: the limits of every scheme, then those of this one; debugging lines only when asked."""
+    side(scheme=scheme)
+    assert said in caplog.text and "It is not encryption" in caplog.text
+    assert "public weights" in caplog.text and "no malicious compute node" in caplog.text
+    assert "no isolation" in caplog.text and "SCX DEBUG" not in caplog.text
+    assert set(OF_SCHEME) == set(schemes.names())
 
 
 def test_sessions_follow_plans() -> None:
