@@ -26,6 +26,9 @@ class Maps(NamedTuple):
     v: torch.Tensor
     out: torch.Tensor
 
+    def __repr__(self) -> str:
+        return "<Maps>"
+
 
 class Scheme(Protocol):
     """One way to make maps. matrices: whether maps are matrices. shared: one key for all requests."""

@@ -40,6 +40,9 @@ class SealOrder(NamedTuple):
     firsts: torch.Tensor
     order: torch.Tensor
 
+    def __repr__(self) -> str:
+        return "<SealOrder>"
+
 
 @dataclass(slots=True)
 class Traffic:
@@ -133,9 +136,9 @@ class Step:
         return Step(batch, slots, starts, ends, Rows(positions, of_rows, of_rows))
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, repr=False)
 class Session:
-    """An open session of the local side."""
+    """An open session of the local side. Like Maps and SealOrder it has no text form that tells what is in it."""
 
     keys: SessionKeys
     segments: list[Maps] = field(default_factory=list)  # with --scx-segment-tokens: maps (L, ...) of each segment
@@ -184,29 +187,37 @@ class LocalSecureSide(SecureSide):
         salt = b"static" if self.scheme.shared else nonce
         keys = SessionKeys(self._root, salt, self._scope, tenant=tenant, epoch=0 if self.scheme.shared else epoch)
         session = Session(keys)
-        self._fill(slot, session)
+        try:
+            self._fill(slot, session)
+        except BaseException:
+            self._wipe(slot, session)
+            raise
         self._sessions[slot] = session
         self._next[:, slot] = 0
         return keys.namespace
 
     def _fill(self, slot: int, session: Session) -> None:
-        """Derive a session's maps into its place in the tables."""
+        """Derive a session's maps into its place in the tables, a layer at a time: what is made on the way is small."""
         shape = self.shape
-        maps = self.scheme.maps(session.keys, self.config.layers, shape.kv_heads, shape.head_dim)
-        for made, into in zip(maps, Maps(*zip(*self._tables, strict=True)), strict=True):
-            for i, table in enumerate(into):
-                table[slot] = made[i]
-        clear(maps)
+        for layer, tables in zip(self.config.layers, self._tables, strict=True):
+            maps = self.scheme.maps(session.keys, (layer,), shape.kv_heads, shape.head_dim)
+            for made, table in zip(maps, tables, strict=True):
+                table[slot] = made[0]
+            clear(maps)
 
     def close(self, slot: int) -> None:
         """See SecureSide."""
         session = self._sessions.pop(slot, None)
         if session is None:
             return
+        self._wipe(slot, session)
+        self._next[:, slot] = -1
+
+    def _wipe(self, slot: int, session: Session) -> None:
+        """Clear a session's key and maps."""
         session.keys.clear()
         for maps in (*session.segments, *(Maps(*(table[slot] for table in tables)) for tables in self._tables)):
             clear(maps)
-        self._next[:, slot] = -1
 
     def shut(self) -> None:
         """See SecureSide."""

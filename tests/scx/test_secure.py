@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 
+from engine.core.errors import InvariantError
 from engine.core.plan import Admission, Chunk, StepPlan
 from engine.core.request import SamplingParams
 from engine.parts.rope import rope_table
 from engine.runner.batch import Batch, Row, pack
 from engine.scx.config import ScxConfig
 from engine.scx.errors import LayerNotEncoded, OutOfOrder, ScxError, ShapeMismatch, UnknownSession
-from engine.scx.keys import Secret
+from engine.scx.keys import Secret, SessionKeys
 from engine.scx.open import OF_SCHEME, open_scx
 from engine.scx.schemes import schemes
 from engine.scx.secure import LocalSecureSide
@@ -139,6 +141,42 @@ def test_closing_clears_the_tables(scheme: str) -> None:
     assert not any(table.any() for maps in secure._tables for table in maps)
     with pytest.raises(Exception, match="cleared"):
         secure.open(0, b"c" * 16)
+
+
+@pytest.mark.parametrize("failing", [1, 2])
+def test_an_open_that_fails_leaves_nothing(failing: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error in the first layer's maps or in the second's: no key, no half-filled table, and the slot is free."""
+    secure, made, held = side(), [], []
+    maps = type(secure.scheme).maps
+
+    def failing_maps(self: Any, keys: SessionKeys, *more: Any) -> Any:
+        made.append(1)
+        held.append(keys)
+        if len(made) == failing:
+            raise MemoryError("planted")
+        return maps(self, keys, *more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(secure.scheme), "maps", failing_maps)
+        with pytest.raises(MemoryError, match="planted"):
+            secure.open(2, b"a" * 16)
+    assert not any(table.any() for maps in secure._tables for table in maps)
+    with pytest.raises(InvariantError, match="cleared"):
+        _ = held[0]._secret.data
+    refused(UnknownSession, "slot 2 has no open session", lambda: turn_encode(secure, 0, batch_of((2, 0, 4))))
+    secure.open(2, b"b" * 16)
+    turn_encode(secure, 0, batch_of((2, 0, 4)))
+
+
+def test_no_text_form_shows_maps() -> None:
+    """Sessions with segments, their maps, sealed blocks' orders: none shows a number."""
+    secure = side(segment_tokens=4, seal_tokens=2)
+    secure.open(0, b"a" * 16)
+    batch = batch_of((0, 0, 9))
+    secure.encode(0, rows(batch), batch)
+    session = secure._sessions[0]
+    for thing in (session, secure._sessions, session.segments, secure.seal(0, batch), side()._tables):
+        assert "tensor" not in repr(thing) and "[[" not in repr(thing), type(thing)
 
 
 def test_closing_clears_segments() -> None:
