@@ -19,6 +19,7 @@ from engine.scx.environment import parse_layers
 ARCHITECTURES = ("LlamaForCausalLM", "LlamaSCXForCausalLM", "Qwen2ForCausalLM", "Qwen2SCXForCausalLM")
 ALIASES = ("LlamaSCXForCausalLM", "Qwen2SCXForCausalLM")
 OWN_WORKER, UNIX = "worker", "unix:"  # secure devices that are processes
+SEGMENTS_LIMIT_BYTES = 1 << 30  # of one request's maps
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,3 +100,20 @@ def scx_config(config: EngineConfig, spec: ModelSpec) -> ScxConfig | None:
         key_file=config.scx_key_file,
         debug=config.scx_debug,
     )
+
+
+def session_bytes(config: ScxConfig, spec: ModelSpec, max_tokens: int) -> int:
+    """What the maps of one session of max_tokens tokens take on the secure device [bytes]. Raises ConfigError for
+    segments whose maps would take more than SEGMENTS_LIMIT_BYTES."""
+    from engine.scx.schemes import map_bytes  # loads cryptography
+
+    each = map_bytes(config.scheme, len(config.layers), spec.kv_heads, spec.head_dim)
+    if not config.segment_tokens:
+        return each
+    count = -(-max_tokens // config.segment_tokens)
+    if count * each > SEGMENTS_LIMIT_BYTES:
+        raise ConfigError(
+            f"--scx-segment-tokens {config.segment_tokens}: a request of {max_tokens} tokens has {count} segments, whose "
+            f"maps take {each} bytes each, and {SEGMENTS_LIMIT_BYTES} is the most a request may have; encode fewer "
+            f"layers, lower --max-model-len, or use --scx-scheme perm or larger segments")
+    return count * each

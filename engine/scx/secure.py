@@ -169,12 +169,15 @@ class LocalSecureSide(SecureSide):
         self._tables = self._make_tables()
 
     def _make_tables(self) -> list[Maps]:
-        """For each layer, maps (slots, G, D[, D]); zeros where no session is."""
-        dim, matrices = self.shape.head_dim, self.scheme.matrices
-        shape = (self.shape.slots, self.shape.kv_heads, dim, *((dim,) if matrices else ()))
-        dtype = torch.float32 if matrices else torch.int16
-        return [Maps(*(torch.zeros(shape, dtype=dtype, device=self.device) for _ in Maps._fields))
-                for _ in self.config.layers]  # fmt: skip
+        """For each layer, maps (slots, G, D[, D]); zeros where no session is. map_bytes() says what they take."""
+        dim, scheme = self.shape.head_dim, self.scheme
+        shape = (self.shape.slots, self.shape.kv_heads, dim, *((dim,) if scheme.matrices else ()))
+        dtype = torch.float32 if scheme.matrices else torch.int16
+        made = []
+        for _ in self.config.layers:
+            tables = [torch.zeros(shape, dtype=dtype, device=self.device) for _ in range(scheme.tables)]
+            made.append(Maps(tables[0], tables[-3], tables[-2], tables[-1]))  # q's and k's are one where they are alike
+        return made
 
     # ------------------------------------------------------------ sessions
 
@@ -201,7 +204,7 @@ class LocalSecureSide(SecureSide):
         shape = self.shape
         for layer, tables in zip(self.config.layers, self._tables, strict=True):
             maps = self.scheme.maps(session.keys, (layer,), shape.kv_heads, shape.head_dim)
-            for made, table in zip(maps, tables, strict=True):
+            for made, table in list(zip(maps, tables, strict=True))[4 - self.scheme.tables :]:
                 table[slot] = made[0]
             clear(maps)
 

@@ -18,7 +18,7 @@ from engine.scx import frames
 from engine.scx.config import ScxConfig
 from engine.scx.errors import OutOfOrder, ShapeMismatch, UnknownSession, WorkerRefused
 from engine.scx.keys import Secret
-from engine.scx.schemes import schemes
+from engine.scx.schemes import map_bytes, schemes
 from engine.scx.secure import HeadShape, LocalSecureSide
 from engine.scx.segments import SegmentedSide
 
@@ -171,8 +171,7 @@ class Served:
 def table_bytes(geometry: frames.Geometry) -> int:
     """What maps of all slots and the rotary table take [bytes]. Maps of segments are a session's and not counted."""
     g = geometry
-    entry = g.head_dim * 4 if schemes[g.scheme].matrices else 2
-    maps = 0 if g.segment_tokens else 4 * len(g.layers) * g.slots * g.kv_heads * g.head_dim * entry
+    maps = 0 if g.segment_tokens else g.slots * map_bytes(g.scheme, len(g.layers), g.kv_heads, g.head_dim)
     return maps + g.max_tokens * g.head_dim * 4
 
 

@@ -13,12 +13,14 @@ from typing import Any
 import pytest
 import torch
 
+from engine import build
 from engine.core.config import EngineConfig, make
 from engine.core.errors import ConfigError
 from engine.scx import get_scx_config, scx_env_init
 from engine.scx.config import scx_config
 from engine.scx.environment import check_unchanged, parse_layers, snapshot, with_environment
 from scripts.scx_exactness import spec_of
+from tests import models
 
 VARIABLES = ("SCX_ENC_LAYERS", "SCX_SECURE_DEVICE", "SCX_ENABLE_DEBUG")
 SPEC = dataclasses.replace(spec_of(16), layers=30)
@@ -174,3 +176,25 @@ def test_a_change_after_the_engine_was_built_warns(caplog: pytest.LogCaptureFixt
     assert "SCX_ENC_LAYERS changed after the engine was built" in caplog.text
     caplog.clear()
     assert check_unchanged(later) == later and not caplog.records
+
+
+def test_maps_are_taken_from_the_pools_memory_or_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Maps of every slot are subtracted before the pool is sized; those that do not fit, and segments whose maps a
+    request could grow beyond the limit, are refused with the numbers before anything is allocated."""
+    folder = models.tiny_llama_dir(tmp_path, 3, num_hidden_layers=2)
+    common: dict[str, Any] = {"model": str(folder), "dtype": "float32", "max_num_seqs": 8, "max_model_len": 64,
+                              "kv_page_bytes": 4096}  # fmt: skip
+    monkeypatch.setattr(build, "free_memory_bytes", lambda: 4 << 20)
+    plain = build.resolve(EngineConfig(**common))[2]
+    encoded = build.resolve(EngineConfig(**common, scx_layers="all", scx_scheme="mix"))[2]
+    maps = 8 * 4 * 2 * 2 * 16 * 16 * 4  # slots, maps, layers, KV heads, D x D float32
+    geometry = build.geometry_of(build.read_model(EngineConfig(**common))[0], build.resolve(EngineConfig(**common))[0], torch.float32)
+    share = EngineConfig().gpu_memory_utilization
+    assert plain == int((4 << 20) * share) // geometry.group_bytes
+    assert encoded == int(((4 << 20) - maps) * share) // geometry.group_bytes < plain
+    monkeypatch.setattr(build, "free_memory_bytes", lambda: maps - 1)
+    with pytest.raises(ConfigError, match=f"take {maps} bytes and {maps - 1} are free.*--max-num-seqs"):
+        build.resolve(EngineConfig(**common, scx_layers="all", scx_scheme="mix"))
+    monkeypatch.setattr("engine.scx.config.SEGMENTS_LIMIT_BYTES", maps // 8 * 7)
+    with pytest.raises(ConfigError, match=f"has 8 segments, whose maps take {maps // 8} bytes each"):
+        build.resolve(EngineConfig(**common, scx_layers="all", scx_scheme="mix", scx_segment_tokens=8))

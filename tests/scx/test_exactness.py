@@ -76,8 +76,10 @@ def test_a_wrong_key_gives_garbage(scheme: str, monkeypatch: pytest.MonkeyPatch)
 
         def mixed_up(self: LocalSecureSide, slot: int, session: Any, wrong: str = wrong) -> None:
             fill(self, slot, session)
-            for table in self._tables:
-                getattr(table, wrong)[slot] = getattr(table, wrong)[slot].roll(1, 0)  # another head's
+            for i, maps in enumerate(self._tables):
+                mixed = getattr(maps, wrong).clone()  # queries' and keys' may be one table
+                mixed[slot] = mixed[slot].roll(1, 0)  # another head's
+                self._tables[i] = maps._replace(**{wrong: mixed})
 
         with monkeypatch.context() as patch:
             patch.setattr(LocalSecureSide, "_fill", mixed_up)

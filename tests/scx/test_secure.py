@@ -17,7 +17,7 @@ from engine.scx.config import ScxConfig
 from engine.scx.errors import LayerNotEncoded, OutOfOrder, ScxError, ShapeMismatch, UnknownSession
 from engine.scx.keys import Secret, SessionKeys
 from engine.scx.open import OF_SCHEME, open_scx
-from engine.scx.schemes import schemes
+from engine.scx.schemes import map_bytes, schemes
 from engine.scx.secure import LocalSecureSide
 from engine.scx.sessions import Sessions
 from scripts.scx_exactness import GROUPS, HEADS, spec_of
@@ -177,6 +177,19 @@ def test_no_text_form_shows_maps() -> None:
     session = secure._sessions[0]
     for thing in (session, secure._sessions, session.segments, secure.seal(0, batch), side()._tables):
         assert "tensor" not in repr(thing) and "[[" not in repr(thing), type(thing)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_maps_take_what_the_formula_says(scheme: str) -> None:
+    """map_bytes() counts the tables of a slot, and what a segment adds; queries' and keys' are one where they can be."""
+    secure, segmented = side(scheme=scheme), side(scheme="mix", segment_tokens=4)
+    distinct = {table.data_ptr(): table.nbytes for maps in secure._tables for table in maps}
+    assert sum(distinct.values()) == 4 * map_bytes(scheme, 2, GROUPS, DIM)
+    assert len(distinct) == 2 * (4 if scheme == "mix" else 3)
+    segmented.open(0, b"a" * 16)
+    turn_encode(segmented, 0, batch_of((0, 0, 12)))
+    kept = [table.nbytes for maps in segmented._sessions[0].segments for table in maps]
+    assert sum(kept) == 3 * map_bytes("mix", 2, GROUPS, DIM)
 
 
 def test_closing_clears_segments() -> None:
