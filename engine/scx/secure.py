@@ -204,9 +204,11 @@ class LocalSecureSide(SecureSide):
         shape = self.shape
         for layer, tables in zip(self.config.layers, self._tables, strict=True):
             maps = self.scheme.maps(session.keys, (layer,), shape.kv_heads, shape.head_dim)
-            for made, table in list(zip(maps, tables, strict=True))[4 - self.scheme.tables :]:
-                table[slot] = made[0]
-            clear(maps)
+            try:
+                for made, table in list(zip(maps, tables, strict=True))[4 - self.scheme.tables :]:
+                    table[slot] = made[0]
+            finally:
+                clear(maps)
 
     def close(self, slot: int) -> None:
         """See SecureSide."""
@@ -320,7 +322,7 @@ class LocalSecureSide(SecureSide):
         heads, orders = range(self.shape.kv_heads), []
         for slot in dict.fromkeys(slot for slot, _ in blocks):
             labels = [Label(layer, head, block) for owner, block in blocks if owner == slot for head in heads]
-            orders.append(permutations(self._sessions[slot].keys, "row", labels, size))
+            orders.append(permutations(self._sessions[slot].keys, "row", labels, size))  # told to the compute device
         order = torch.from_numpy(np.concatenate(orders)).view(len(blocks), len(heads), size)
         slots, firsts = torch.tensor([[slot, block * size] for slot, block in blocks]).unbind(1)
         return SealOrder(slots.to(self.compute), firsts.to(self.compute), order.long().to(self.compute))

@@ -19,6 +19,7 @@ from engine.scx.keys import Secret, SessionKeys
 from engine.scx.open import OF_SCHEME, open_scx
 from engine.scx.schemes import map_bytes, schemes
 from engine.scx.secure import LocalSecureSide
+from engine.scx.segments import SegmentedSide
 from engine.scx.sessions import Sessions
 from scripts.scx_exactness import GROUPS, HEADS, spec_of
 
@@ -177,6 +178,19 @@ def test_no_text_form_shows_maps() -> None:
     session = secure._sessions[0]
     for thing in (session, secure._sessions, session.segments, secure.seal(0, batch), side()._tables):
         assert "tensor" not in repr(thing) and "[[" not in repr(thing), type(thing)
+
+
+def test_copies_of_segments_are_cleared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step's selection of maps is a copy: it is zeros after encode and after decode, and the session's are whole."""
+    secure, copies = side(segment_tokens=4), []
+    maps_of = SegmentedSide._maps_of
+    monkeypatch.setattr(SegmentedSide, "_maps_of", lambda *more: copies.append(maps_of(*more)) or copies[-1])
+    secure.open(0, b"a" * 16)
+    batch = batch_of((0, 0, 9))
+    secure.encode(0, rows(batch), batch)
+    secure.decode(0, torch.ones(9 + 5 + 1, HEADS * (DIM + 1)), batch)  # queries that see each segment
+    assert len(copies) == 2 and not any(table.any() for maps in copies for table in maps)
+    assert all(table.any() for maps in secure._sessions[0].segments for table in maps)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
