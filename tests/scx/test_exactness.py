@@ -302,3 +302,24 @@ def test_an_observer_sees_what_crosses_and_changes_nothing(tiny: dict[str, Path]
     assert output["attended"].shape == output["decoded"].shape == (12, 64)
     assert not torch.equal(output["attended"], output["decoded"])
     engine.close()
+
+
+def test_the_observer_sees_the_order_of_sealed_blocks(tiny: dict[str, Path]) -> None:
+    """What the secure side tells the compute device to shuffle by crosses as the queries do, so V3 has it: undone by
+    it, the slab is what V1 saw written."""
+    seen: list[tuple[str, dict[str, torch.Tensor]]] = []
+
+    def watch(view: str, layer: int, tensors: dict[str, torch.Tensor]) -> None:
+        seen.append((view, {name: tensor.clone() for name, tensor in tensors.items()}))
+
+    engine = oracle.make_engine(tiny["llama"], scx_layers="1", scx_page_seal=True, scx_seal_tokens=4)
+    engine.executor.runner.scx.scx.observer = watch
+    keys, _ = cached(engine, 10)[1]
+    assert [view for view, _ in seen] == ["V1", "V3", "V4", "V3", "V4"]
+    written, told = seen[0][1]["k"], seen[3][1]
+    assert told["slots"].tolist() == [0, 0] and told["firsts"].tolist() == [0, 4] and told["order"].shape == (2, 2, 4)
+    assert not torch.equal(keys, written)
+    for first, orders in zip(told["firsts"].tolist(), told["order"], strict=True):
+        for head, order in enumerate(orders):
+            assert torch.equal(keys[first : first + 4, head], written[first + order, head])
+    engine.close()
