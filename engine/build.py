@@ -157,6 +157,10 @@ def build_runner(
     device = torch.device(config.device)
     choice = choose_attention(spec, config, device)
     caps = backends[choice.prefill].caps
+    if caps.paged and scx_config(config, spec) is not None:
+        raise ConfigError(
+            f"--scx-layers needs a cache of slots, and --attention-backend {choice.prefill} keeps blocks; use auto"
+        )
     kernel_name = kernels
     if kernels == "auto":
         kernel_name = "cuda" if device.type == "cuda" else "torch" if caps.paged else fastest_kernels(dtype)
@@ -165,10 +169,6 @@ def build_runner(
     log.info("kernel set %s, %s threads", kernel_name, config.threads)
     store = make_store(spec, config, pool_groups, device, choice)
     scx = scx_of(spec, config, store.geometry, device)
-    if scx is not None and not isinstance(store, SlotStore):
-        raise ConfigError(
-            f"--scx-layers needs a cache of slots, and --attention-backend {choice.prefill} keeps blocks; use auto"
-        )
     with dummy_weights(device) if config.load_format == "dummy" else open_weights(config.model or "") as source:
         total, done = len(source.names()), 0
 

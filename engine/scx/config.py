@@ -73,7 +73,7 @@ def scx_config(config: EngineConfig, spec: ModelSpec) -> ScxConfig | None:
     if not layers:
         given = {"--scx-scheme": config.scx_scheme, "--scx-page-seal": config.scx_page_seal,
                  "--scx-segment-tokens": config.scx_segment_tokens, "--scx-key-file": config.scx_key_file,
-                 "--scx-secure-device": config.scx_secure_device}  # fmt: skip
+                 "--scx-secure-device": config.scx_secure_device, "--scx-debug": config.scx_debug}  # fmt: skip
         alone = [flag for flag, value in given.items() if value]
         if alone:
             raise ConfigError(f"{', '.join(alone)} without layers to encode; add --scx-layers (0,{spec.layers - 1})")
@@ -98,7 +98,7 @@ def scx_config(config: EngineConfig, spec: ModelSpec) -> ScxConfig | None:
         seal_tokens=seal,
         segment_tokens=config.scx_segment_tokens or 0,
         key_file=config.scx_key_file,
-        debug=config.scx_debug,
+        debug=bool(config.scx_debug),
     )
 
 
