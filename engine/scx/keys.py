@@ -74,7 +74,7 @@ def read_root(path: str) -> Secret:
     problem = f"--scx-key-file {path}: "
     digits = bytearray(2 * KEY_BYTES + 2)
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a FIFO would wait for a writer
     except OSError as error:
         raise ConfigError(problem + (error.strerror or "cannot be read")) from None
     try:

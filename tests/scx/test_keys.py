@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from itertools import permutations as all_orders
 from pathlib import Path
 
@@ -190,7 +191,8 @@ def test_a_root_file_is_strict(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="64 hexadecimal digits") as caught:
             read_root(str(path))
         assert "abab" not in str(caught.value)
-    for absent in (tmp_path / "none", tmp_path):
+    os.mkfifo(tmp_path / "fifo", 0o600)  # nobody writes to it: to wait would be for ever
+    for absent in (tmp_path / "none", tmp_path, tmp_path / "fifo"):
         with pytest.raises(ConfigError, match="--scx-key-file"):
             read_root(str(absent))
 
