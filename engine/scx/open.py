@@ -16,7 +16,7 @@ from engine.scx.config import ScxConfig
 from engine.scx.environment import DEVICE, LAYERS
 from engine.scx.keys import Secret, fresh_root, read_root
 from engine.scx.remote import RemoteSecureSide
-from engine.scx.secure import HeadShape, LocalSecureSide, SecureSide
+from engine.scx.secure import HeadShape, LocalSecureSide, SecureSide, indexed
 from engine.scx.segments import SegmentBackend, SegmentedSide
 
 log = logging.getLogger(__name__)
@@ -39,7 +39,8 @@ OF_SCHEME = {
 
 
 def model_identity(spec: ModelSpec) -> bytes:
-    """What keys are bound to, so that one model's maps are no other's: a digest of the specification."""
+    """What keys are bound to: a digest of the specification. Checkpoints of one specification share it; their sessions
+    differ by their nonces all the same."""
     return hashlib.sha256(repr(spec).encode()).digest()
 
 
@@ -72,7 +73,7 @@ def _say(config: ScxConfig, shape: HeadShape, compute: torch.device) -> None:
         log.warning("SCX: keys live in a process of their own (%s), on this machine and its kernel: whoever is root "
                     "here reads both", config.secure_device)
     else:
-        same = ", and is the compute device" if torch.device(config.secure_device).type == compute.type else ""
+        same = ", and is the compute device" if indexed(torch.device(config.secure_device)) == indexed(compute) else ""
         log.warning("SCX: the secure device %s is in this process%s: no isolation", config.secure_device, same)
     log.warning("SCX scheme %s: %s", config.scheme, OF_SCHEME[config.scheme])
     if config.segment_tokens:

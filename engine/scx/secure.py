@@ -154,8 +154,8 @@ class LocalSecureSide(SecureSide):
         self, config: ScxConfig, shape: HeadShape, rope: torch.Tensor, root: Secret, model: bytes,
         compute: torch.device,
     ) -> None:  # fmt: skip
-        self.config, self.shape, self.compute = config, shape, compute
-        self.device = torch.device(config.secure_device)
+        self.config, self.shape = config, shape
+        self.compute, self.device = indexed(compute), indexed(torch.device(config.secure_device))
         self.scheme = schemes[config.scheme]()
         self.traffic = Traffic()
         self._scope, self._root = Scope(model, config.scheme), root
@@ -326,6 +326,11 @@ class LocalSecureSide(SecureSide):
         order = torch.from_numpy(np.concatenate(orders)).view(len(blocks), len(heads), size)
         slots, firsts = torch.tensor([[slot, block * size] for slot, block in blocks]).unbind(1)
         return SealOrder(slots.to(self.compute), firsts.to(self.compute), order.long().to(self.compute))
+
+
+def indexed(device: torch.device) -> torch.device:
+    """The device by its full name: `cuda` and `cuda:0` are one and must compare equal."""
+    return torch.device("cuda", 0) if device.type == "cuda" and device.index is None else device
 
 
 def clear(tensors: Sequence[torch.Tensor]) -> None:

@@ -116,7 +116,7 @@ class SegmentedSide(LocalSecureSide):
 
     def decode(self, layer: int, attended: torch.Tensor, batch: Batch) -> torch.Tensor:
         """See SecureSide; attended is (R, H * (D + 1)), as SegmentBackend returns it, the result (N, H * D) in the
-        type of the rope-encoded rows."""
+        type of the projections that were encoded."""
         place, step = self._awaited(layer, batch)
         heads, dim = self.shape.heads, self.shape.head_dim
         parts = parts_of(batch, self.config.segment_tokens)

@@ -164,6 +164,21 @@ def test_scx_vllms_names_and_variables_reach_the_engine(
         LLM(str(folder), scx_layers="0,2", **settings)
 
 
+def test_a_qwen2_checkpoint_under_scx_vllms_name(tmp_path: Path) -> None:
+    """Qwen2SCXForCausalLM is built, with its biases, encoded, and says what Qwen2ForCausalLM says."""
+    folder = models.tiny_qwen2_dir(tmp_path, 24)
+    many = oracle.prompts(3, models.TINY_VOCAB, 6, 5, 30)
+    plain = oracle.make_engine(folder)
+    wanted = oracle.run_greedy(plain, many, 6)
+    plain.close()
+    config = folder / "config.json"
+    config.write_text(config.read_text().replace("Qwen2ForCausalLM", "Qwen2SCXForCausalLM"))
+    engine = oracle.make_engine(folder, scx_layers="all", scx_scheme="mix")
+    assert engine.executor.runner.scx.scx.config.layers == (0, 1)
+    assert oracle.run_greedy(engine, many, 6) == wanted
+    engine.close()
+
+
 def test_preempted_requests_resume_under_another_key(tiny: dict[str, Path]) -> None:
     """A pool too small for all: sessions are closed and opened again, and the tokens stay."""
     many = oracle.prompts(8, models.TINY_VOCAB, 5, 40, 80)

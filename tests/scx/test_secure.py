@@ -18,7 +18,7 @@ from engine.scx.errors import LayerNotEncoded, OutOfOrder, ScxError, ShapeMismat
 from engine.scx.keys import Secret, SessionKeys
 from engine.scx.open import OF_SCHEME, open_scx
 from engine.scx.schemes import map_bytes, schemes
-from engine.scx.secure import LocalSecureSide
+from engine.scx.secure import HeadShape, LocalSecureSide, indexed
 from engine.scx.segments import SegmentedSide
 from engine.scx.sessions import Sessions
 from scripts.scx_exactness import GROUPS, HEADS, spec_of
@@ -284,3 +284,13 @@ def test_sessions_follow_plans() -> None:
     assert sorted(secure._sessions) == [2] and sessions.namespaces[7] != first
     sessions.shut()
     assert not secure._sessions
+
+
+def test_a_device_has_one_name() -> None:
+    """cuda and cuda:0 are one: taken for two, rows would cross between them and lose the kernel that stores them."""
+    assert indexed(torch.device("cuda")) == torch.device("cuda:0") == indexed(torch.device("cuda:0"))
+    assert indexed(torch.device("cpu")) == torch.device("cpu") and indexed(torch.device("cuda:1")).index == 1
+    rope = torch.zeros(TOKENS, 2, DIM // 2)
+    made = LocalSecureSide(ScxConfig((0,)), HeadShape(HEADS, GROUPS, DIM, 1, TOKENS), rope, Secret(bytearray(32)), b"",
+                           torch.device("cuda"))  # fmt: skip
+    assert made.compute == torch.device("cuda:0")
