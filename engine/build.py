@@ -280,8 +280,8 @@ def reserve_maps(
     free = free_bytes if same else free_memory_bytes() if config.device == "cuda" else torch.cuda.mem_get_info()[0]
     if need > free:
         raise ConfigError(
-            f"--scx-layers: the maps of {len(scx.layers)} layers and {geometry.slots} slots take {need} bytes and {free} "
-            f"are free; lower --max-num-seqs, encode fewer layers, or use --scx-scheme perm")
+            f"--scx-layers: the maps of {len(scx.layers)} layers and {geometry.slots} slots take {need} bytes and "
+            f"{free} are free; lower --max-num-seqs, encode fewer layers, or use --scx-scheme perm")
     return need if same else 0
 
 

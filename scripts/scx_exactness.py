@@ -279,7 +279,8 @@ def main(argv: Sequence[str]) -> int:
             ratios.setdefault(key, []).append(found.ratio)
             if key not in worst or found.distance > worst[key].distance:
                 worst[key] = found
-    worst_of = {key: {"distance": v.distance, "ulps": v.ulps, "ratios": spread(ratios[key])} for key, v in worst.items()}
+    worst_of = {key: {"distance": one.distance, "ulps": one.ulps, "ratios": spread(ratios[key])}
+                for key, one in worst.items()}  # fmt: skip
     print(json.dumps({"device": options.device, "secure_device": options.secure_device, "cases": count,
                       "failed": failed, "head_dim": options.head_dim, "worst": worst_of}))  # fmt: skip
     return 1 if failed or not count else 0

@@ -6,8 +6,8 @@
 Decodes: `--batch` sequences, one token each a step. Prefill: one chunk of 512 tokens a step. Admission: the step that
 takes one request of one token in, which derives its maps; "open" is that part of it. Each round runs a few
 steps of every engine, and an engine's figure is the median over rounds of its fastest step, so that a busy machine
-disturbs all alike. Prints ms a step and the ratio to plain; the last line is JSON. With --shape (layers, all encoded, KV
-heads, head size) no engine runs: it prints what opening a session takes by scheme, and what its maps take in memory.
+disturbs all alike. Prints ms a step and the ratio to plain; the last line is JSON. With --shape (layers, all encoded,
+KV heads, head size) no engine runs: it prints what opening a session takes by scheme, and what its maps take in memory.
 """
 
 from __future__ import annotations
@@ -139,7 +139,8 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--shape", help="layers, KV heads, head size: only what opening a session takes")
     options = parser.parse_args(argv)
     if options.shape:
-        print(json.dumps({"shape": options.shape, **opening(*map(int, options.shape.split(",")), options.rounds)}))
+        layers, kv_heads, head_dim = map(int, options.shape.split(","))
+        print(json.dumps({"shape": options.shape, **opening(layers, kv_heads, head_dim, options.rounds)}))
         return 0
     logging.getLogger("engine").setLevel(logging.ERROR)
     common = {"model": str(resolve_model(options.model)), "dtype": options.dtype, "max_num_seqs": options.batch,

@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # an engine without SCX loads no cryptography
     from engine.parts.kernel_set import Linear
     from engine.scx.secure import SealOrder, SecureSide
 
-# observer(view, layer, tensors): what the compute device gets to see of an encoded layer, by what an adversary must hold:
+# observer(view, layer, tensors): what the compute device gets to see of an encoded layer, by what an adversary has:
 #   "V1" a copy of the cache:     k, v (N, G, D), this step's rows as written, before blocks are shuffled; slots and
 #                                 positions (N,)
 #   "V3" also what crosses live:  q (R, H, D); with --scx-page-seal the order told to the device, after the shuffle:

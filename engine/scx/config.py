@@ -113,7 +113,7 @@ def session_bytes(config: ScxConfig, spec: ModelSpec, max_tokens: int) -> int:
     count = -(-max_tokens // config.segment_tokens)
     if count * each > SEGMENTS_LIMIT_BYTES:
         raise ConfigError(
-            f"--scx-segment-tokens {config.segment_tokens}: a request of {max_tokens} tokens has {count} segments, whose "
-            f"maps take {each} bytes each, and {SEGMENTS_LIMIT_BYTES} is the most a request may have; encode fewer "
-            f"layers, lower --max-model-len, or use --scx-scheme perm or larger segments")
+            f"--scx-segment-tokens {config.segment_tokens}: a request of {max_tokens} tokens has {count} segments, "
+            f"whose maps take {each} bytes each, and {SEGMENTS_LIMIT_BYTES} is the most a request may have; encode "
+            f"fewer layers, lower --max-model-len, or use --scx-scheme perm or larger segments")
     return count * each

@@ -71,7 +71,9 @@ def scx_env_init(SCX_ENC_LAYERS: str | None = "", SCX_SECURE_DEVICE: str | None 
     enc_layers, secure_device and enable_debug, and None is a default. Raises ConfigError for a text that means
     nothing, TypeError for an unknown name.
     """
-    given = {"enc_layers": SCX_ENC_LAYERS, "secure_device": SCX_SECURE_DEVICE, "enable_debug": SCX_ENABLE_DEBUG}
+    given: dict[str, object] = {
+        "enc_layers": SCX_ENC_LAYERS, "secure_device": SCX_SECURE_DEVICE, "enable_debug": SCX_ENABLE_DEBUG,
+    }  # fmt: skip
     if unknown := set(lowercase) - set(given):
         raise TypeError(f"scx_env_init() has no argument {sorted(unknown)[0]!r}; it has {', '.join(given)}")
     given = {name: value for name, value in (given | lowercase).items() if value is not None}

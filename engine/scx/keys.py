@@ -5,8 +5,9 @@
     stream  = ChaCha20(subkey) as 32-bit words
 
 What is drawn from a stream is unbiased (words that would favour a value are thrown away). Nothing is kept beyond its
-session; keys and the words of permutations are cleared when they are no longer needed, but what numpy, torch and OpenSSL
-copy on the way is not reached: freed memory may hold pieces of maps. numpy's and torch's generators take no part.
+session; keys and the words of permutations are cleared when they are no longer needed, but what numpy, torch and
+OpenSSL copy on the way is not reached: freed memory may hold pieces of maps. numpy's and torch's generators take no
+part.
 No key, stream or table has a text form. It knows no tensors of a model, and no schedule.
 Sources: RFC 5869 (HKDF), RFC 8439 (ChaCha20), Fisher and Yates in Durstenfeld's form.
 """
@@ -204,7 +205,7 @@ def shuffle(words: np.ndarray, size: int) -> np.ndarray:
     rows = np.arange(words.shape[0])
     order = np.tile(np.arange(size, dtype=np.int16), (words.shape[0], 1))
     counts: np.ndarray = np.arange(size, 1, -1, dtype=np.intp)
-    chosen = words.astype(np.intp)
+    chosen: np.ndarray = words.astype(np.intp)
     chosen %= counts  # in place: a copy of it would stay behind
     for step, last in enumerate(range(size - 1, 0, -1)):
         other = chosen[:, step]

@@ -39,7 +39,7 @@ def rotations(keys: SessionKeys, purpose: str, labels: Sequence[Label], dim: int
 def invertible(
     keys: SessionKeys, purpose: str, labels: Sequence[Label], dim: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(M, inverse of M), each (R, D, D) in the rotations' type, of condition CONDITION at most: rotation, scales, rotation.
+    """(M, inverse of M), each (R, D, D), of condition CONDITION at most: rotation, scales, rotation.
 
     Scales are log-uniform around 1, so that a map and its inverse treat sizes alike.
     """

@@ -31,8 +31,8 @@ THREATS = (
 )
 OF_SCHEME = {
     "perm": "permutation mode is reversible from a single snapshot with public weights: sorting a row undoes it",
-    "perm-static": "permutation mode is reversible from a single snapshot with public weights: sorting a row undoes it. "
-                   "perm-static moreover has one map for all requests and heads: for comparison only; use perm",
+    "perm-static": "permutation mode is reversible from a single snapshot with public weights: sorting a row undoes "
+                   "it. perm-static moreover has one map for all requests and heads: for comparison only; use perm",
     "rotate": "rotation mode is reversible from norms with public weights: a row's length names its token",
     "mix": "lengths under mix still name some tokens with public weights, and its projection matrix names a prompt",
 }  # fmt: skip

@@ -38,7 +38,7 @@ class Probe:
 
 @dataclass(slots=True)
 class Row:
-    """One scheme. recovery: attack -> Score; rates: measure -> (value, chance). linked_rows: that A9 by raw rows tried."""
+    """One scheme. recovery: attack -> Score; rates: measure -> (value, chance). linked_rows: rows of A9 by raw."""
 
     rules: Rules
     recovery: dict[str, Score] = field(default_factory=dict)

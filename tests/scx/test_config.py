@@ -230,7 +230,8 @@ def test_maps_are_taken_from_the_pools_memory_or_refused(monkeypatch: pytest.Mon
     plain = build.resolve(EngineConfig(**common))[2]
     encoded = build.resolve(EngineConfig(**common, scx_layers="all", scx_scheme="mix"))[2]
     maps = 8 * 4 * 2 * 2 * 16 * 16 * 4  # slots, maps, layers, KV heads, D x D float32
-    geometry = build.geometry_of(build.read_model(EngineConfig(**common))[0], build.resolve(EngineConfig(**common))[0], torch.float32)
+    resolved_config, spec, _ = build.resolve(EngineConfig(**common))
+    geometry = build.geometry_of(spec, resolved_config, torch.float32)
     share = EngineConfig().gpu_memory_utilization
     assert plain == int((4 << 20) * share) // geometry.group_bytes
     assert encoded == int(((4 << 20) - maps) * share) // geometry.group_bytes < plain

@@ -89,8 +89,9 @@ def orders_in(told: bytes, model: bytes, segments: int = 3) -> int:
 
 
 def run_child(
-    folder: Path, key_file: Path, *more: str, extra: dict[str, str] | None = None, scheme: str = "mix", segments: int = 0
-) -> dict[str, bytes]:
+    folder: Path, key_file: Path, *more: str, extra: dict[str, str] | None = None, scheme: str = "mix",
+    segments: int = 0,
+) -> dict[str, bytes]:  # fmt: skip
     """What the child wrote ("log") and what /proc tells of it while it runs; "model" is the model's identity."""
     command = [sys.executable, "-c", CHILD, str(folder), str(key_file), scheme, str(segments), *more]
     child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,

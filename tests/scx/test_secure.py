@@ -195,7 +195,7 @@ def test_copies_of_segments_are_cleared(monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_maps_take_what_the_formula_says(scheme: str) -> None:
-    """map_bytes() counts the tables of a slot, and what a segment adds; queries' and keys' are one where they can be."""
+    """map_bytes() counts the tables of a slot, and what a segment adds; queries and keys share one where alike."""
     secure, segmented = side(scheme=scheme), side(scheme="mix", segment_tokens=4)
     distinct = {table.data_ptr(): table.nbytes for maps in secure._tables for table in maps}
     assert sum(distinct.values()) == 4 * map_bytes(scheme, 2, GROUPS, DIM)
