@@ -106,8 +106,10 @@ class Served:
             raise WorkerRefused(f"no such scheme; this worker has {', '.join(schemes.names())}")
         need = table_bytes(geometry)
         if need > self._limits.table_bytes:
-            raise WorkerRefused(f"maps of {geometry.slots} slots and {len(geometry.layers)} layers take {need} bytes "
-                                f"and --limit-bytes is {self._limits.table_bytes}; raise it or lower --max-num-seqs")
+            each = "segments of a request" if geometry.segment_tokens else f"{geometry.slots} slots"
+            raise WorkerRefused(f"maps of {each} and {len(geometry.layers)} layers take {need} bytes and --limit-bytes "
+                                f"is {self._limits.table_bytes}; raise it, encode fewer layers or lower "
+                                f"{'--max-model-len' if geometry.segment_tokens else '--max-num-seqs'}")
         self._geometry = geometry
         self._descriptor = frames.make_region(geometry)
         self.region = frames.Region(self._descriptor, geometry, keep=True)
@@ -169,10 +171,10 @@ class Served:
 
 
 def table_bytes(geometry: frames.Geometry) -> int:
-    """What maps of all slots and the rotary table take [bytes]. Maps of segments are a session's and not counted."""
+    """What maps of all slots and the rotary table take [bytes]; with segments, the maps that one session can reach."""
     g = geometry
-    maps = 0 if g.segment_tokens else g.slots * map_bytes(g.scheme, len(g.layers), g.kv_heads, g.head_dim)
-    return maps + g.max_tokens * g.head_dim * 4
+    sets = -(-g.max_tokens // g.segment_tokens) if g.segment_tokens else g.slots
+    return sets * map_bytes(g.scheme, len(g.layers), g.kv_heads, g.head_dim) + g.max_tokens * g.head_dim * 4
 
 
 def batch_of(chunks: Sequence[frames.Chunk], geometry: frames.Geometry) -> Batch:
