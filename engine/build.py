@@ -47,7 +47,7 @@ from engine.runner.pieces import PieceGraphs
 from engine.runner.runner import Runner
 from engine.runner.sampler import Sampler
 from engine.scx.attention import Scx
-from engine.scx.config import ALIASES, scx_config
+from engine.scx.config import ALIASES, UNIX, ScxConfig, scx_config, session_bytes
 from engine.scx.environment import with_environment
 from engine.scx.sessions import NONCE_BYTES, Sessions
 from vattention_ext import KvAllocator, KvGeometry
@@ -157,6 +157,10 @@ def build_runner(
     device = torch.device(config.device)
     choice = choose_attention(spec, config, device)
     caps = backends[choice.prefill].caps
+    if caps.paged and scx_config(config, spec) is not None:
+        raise ConfigError(
+            f"--scx-layers needs a cache of slots, and --attention-backend {choice.prefill} keeps blocks; use auto"
+        )
     kernel_name = kernels
     if kernels == "auto":
         kernel_name = "cuda" if device.type == "cuda" else "torch" if caps.paged else fastest_kernels(dtype)
@@ -165,10 +169,6 @@ def build_runner(
     log.info("kernel set %s, %s threads", kernel_name, config.threads)
     store = make_store(spec, config, pool_groups, device, choice)
     scx = scx_of(spec, config, store.geometry, device)
-    if scx is not None and not isinstance(store, SlotStore):
-        raise ConfigError(
-            f"--scx-layers needs a cache of slots, and --attention-backend {choice.prefill} keeps blocks; use auto"
-        )
     with dummy_weights(device) if config.load_format == "dummy" else open_weights(config.model or "") as source:
         total, done = len(source.names()), 0
 
@@ -264,6 +264,27 @@ def scx_of(spec: ModelSpec, config: EngineConfig, geometry: KvGeometry, device: 
                     dtype=getattr(torch, config.dtype), step_tokens=step_tokens(config, geometry))  # fmt: skip
 
 
+def reserve_maps(
+    scx: ScxConfig, spec: ModelSpec, config: EngineConfig, geometry: KvGeometry, free_bytes: int
+) -> int:
+    """What the secure side's maps take from the pool's memory [bytes]. free_bytes: of the compute device.
+
+    Without segments that is every slot's; maps of segments come with their tokens and are bounded, not reserved. A
+    worker that somebody else runs has its own limit. Raises ConfigError when they do not fit where they lie.
+    """
+    session = session_bytes(scx, spec, geometry.max_tokens)
+    if scx.segment_tokens or scx.secure_device.startswith(UNIX):
+        return 0
+    need = geometry.slots * session
+    same = scx.secure_device.startswith("cuda") == (config.device == "cuda")
+    free = free_bytes if same else free_memory_bytes() if config.device == "cuda" else torch.cuda.mem_get_info()[0]
+    if need > free:
+        raise ConfigError(
+            f"--scx-layers: the maps of {len(scx.layers)} layers and {geometry.slots} slots take {need} bytes and "
+            f"{free} are free; lower --max-num-seqs, encode fewer layers, or use --scx-scheme perm")
+    return need if same else 0
+
+
 def set_threads(threads: int, kernel_name: str) -> None:
     """Threads of a step. Where the C++ kernels run, PyTorch's own pool would only take their cores: it gets one."""
     torch.set_num_threads(threads if kernel_name == "torch" else 1)
@@ -305,7 +326,8 @@ def resolve(config: EngineConfig) -> tuple[EngineConfig, ModelSpec, int]:
     """Everything that model and machine decide: (resolved config, specification, groups of the pool)."""
     spec, _ = read_model(config)
     config = with_environment(config)
-    if scx_config(config, spec) is None and spec.architecture in ALIASES:
+    scx = scx_config(config, spec)
+    if scx is None and spec.architecture in ALIASES:
         log.warning("architecture %s without --scx-layers: every layer is plain", spec.architecture)
     resolved = resolve_auto(
         config,
@@ -320,6 +342,8 @@ def resolve(config: EngineConfig) -> tuple[EngineConfig, ModelSpec, int]:
         free_bytes, most_bytes = torch.cuda.mem_get_info()[0], 1 << 46
     else:
         free_bytes, most_bytes = free_memory_bytes(), DEFAULT_CPU_POOL_BYTES
+    if scx is not None:
+        free_bytes -= reserve_maps(scx, spec, resolved, geometry, free_bytes)
     pool_groups = resolve_pool_groups(
         resolved, group_bytes=geometry.group_bytes, free_bytes=free_bytes, most_bytes=most_bytes
     )

@@ -189,8 +189,9 @@ class EngineConfig:
     scx_key_file: str | None = knob(
         None, group="scx", default_text="a fresh secret for this process",
         help="root secret: a file with 64 hexadecimal digits that only its owner may read")
-    scx_debug: bool = knob(
-        False, group="scx", help="log layers, device and shapes of the secure side; never keys or tensors")
+    scx_debug: bool | None = knob(
+        None, group="scx", default_text="SCX_ENABLE_DEBUG, else false",
+        help="log layers, device and shapes of the secure side; never keys or tensors")
 
     def __post_init__(self) -> None:
         problems = field_problems(self) or engine_problems(self)

@@ -20,10 +20,14 @@ if TYPE_CHECKING:  # an engine without SCX loads no cryptography
     from engine.parts.kernel_set import Linear
     from engine.scx.secure import SealOrder, SecureSide
 
-# observer(view, layer, tensors): what the compute device gets to see, by the view of an adversary that sees it first.
-#   "V1" the cache:        k, v (N, G, D) as they now stand in it, slots and positions (N,)
-#   "V3" and the queries:  q (N, H, D)
-#   "V4" every tensor:     qkv (N, (H + 2G) * D) before it is encoded; attended and decoded (N, H * D)
+# observer(view, layer, tensors): what the compute device gets to see of an encoded layer, by what an adversary has:
+#   "V1" a copy of the cache:     k, v (N, G, D), this step's rows as written, before blocks are shuffled; slots and
+#                                 positions (N,)
+#   "V3" also what crosses live:  q (R, H, D); with --scx-page-seal the order told to the device, after the shuffle:
+#                                 slots, firsts (P,), order (P, G, B), as SealOrder
+#   "V4" also what it computes:   qkv (N, (H + 2G) * D) before it is encoded; attended and decoded (N, H * D). Hidden
+#                                 states, logits and token ids are there too, and are not called
+# V2, the caches of all layers, is not called: the slabs of plain layers are as they are.
 # Tensors are not copies: keep none beyond the call without cloning it.
 Observer = Callable[[str, int, dict[str, torch.Tensor]], None]
 
@@ -63,6 +67,8 @@ class ScxAttention:
             full = secure.seal(layer, batch)  # later steps see these rows whole, whatever their order
             if full is not None:
                 shuffle_blocks(self.k, self.v, full)
+                if self.scx.observer is not None:
+                    self.scx.observer("V3", layer, full._asdict())
         decoded = secure.decode(layer, attended, batch)
         if self.scx.observer is not None:
             self.scx.observer("V4", layer, {"attended": attended, "decoded": decoded})

@@ -19,6 +19,7 @@ from engine.scx.environment import parse_layers
 ARCHITECTURES = ("LlamaForCausalLM", "LlamaSCXForCausalLM", "Qwen2ForCausalLM", "Qwen2SCXForCausalLM")
 ALIASES = ("LlamaSCXForCausalLM", "Qwen2SCXForCausalLM")
 OWN_WORKER, UNIX = "worker", "unix:"  # secure devices that are processes
+SEGMENTS_LIMIT_BYTES = 1 << 30  # of one request's maps
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +73,7 @@ def scx_config(config: EngineConfig, spec: ModelSpec) -> ScxConfig | None:
     if not layers:
         given = {"--scx-scheme": config.scx_scheme, "--scx-page-seal": config.scx_page_seal,
                  "--scx-segment-tokens": config.scx_segment_tokens, "--scx-key-file": config.scx_key_file,
-                 "--scx-secure-device": config.scx_secure_device}  # fmt: skip
+                 "--scx-secure-device": config.scx_secure_device, "--scx-debug": config.scx_debug}  # fmt: skip
         alone = [flag for flag, value in given.items() if value]
         if alone:
             raise ConfigError(f"{', '.join(alone)} without layers to encode; add --scx-layers (0,{spec.layers - 1})")
@@ -97,5 +98,22 @@ def scx_config(config: EngineConfig, spec: ModelSpec) -> ScxConfig | None:
         seal_tokens=seal,
         segment_tokens=config.scx_segment_tokens or 0,
         key_file=config.scx_key_file,
-        debug=config.scx_debug,
+        debug=bool(config.scx_debug),
     )
+
+
+def session_bytes(config: ScxConfig, spec: ModelSpec, max_tokens: int) -> int:
+    """What the maps of one session of max_tokens tokens take on the secure device [bytes]. Raises ConfigError for
+    segments whose maps would take more than SEGMENTS_LIMIT_BYTES."""
+    from engine.scx.schemes import map_bytes  # loads cryptography
+
+    each = map_bytes(config.scheme, len(config.layers), spec.kv_heads, spec.head_dim)
+    if not config.segment_tokens:
+        return each
+    count = -(-max_tokens // config.segment_tokens)
+    if count * each > SEGMENTS_LIMIT_BYTES:
+        raise ConfigError(
+            f"--scx-segment-tokens {config.segment_tokens}: a request of {max_tokens} tokens has {count} segments, "
+            f"whose maps take {each} bytes each, and {SEGMENTS_LIMIT_BYTES} is the most a request may have; encode "
+            f"fewer layers, lower --max-model-len, or use --scx-scheme perm or larger segments")
+    return count * each

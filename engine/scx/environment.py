@@ -24,9 +24,9 @@ _TRUTH = {"true": True, "1": True, "false": False, "0": False, "": False}
 
 @dataclass(frozen=True, slots=True)
 class SCXConfig:
-    """The environment's settings. enc_layers: sorted, without duplicates; None means every layer ("all")."""
+    """The environment's settings. enc_layers: sorted, without duplicates."""
 
-    enc_layers: tuple[int, ...] | None
+    enc_layers: tuple[int, ...]
     secure_device: str
     enable_debug: bool
 
@@ -63,28 +63,37 @@ def parse_debug(text: str) -> bool:
     return value
 
 
-def scx_env_init(SCX_ENC_LAYERS: str = "", SCX_SECURE_DEVICE: str = "cpu", SCX_ENABLE_DEBUG: bool = False,
-                 **lowercase: object) -> None:
+def scx_env_init(SCX_ENC_LAYERS: str | None = "", SCX_SECURE_DEVICE: str | None = "cpu",
+                 SCX_ENABLE_DEBUG: bool | None = False, **lowercase: object) -> None:
     """Set the three variables for engines built after this call; each is overwritten.
 
     SCX_ENC_LAYERS: "0,27", "all", or "" for off. SCX_SECURE_DEVICE: cpu or cuda:N. The same may be given as
-    enc_layers, secure_device and enable_debug. Raises ConfigError for a text that means nothing, TypeError for an
-    unknown name.
+    enc_layers, secure_device and enable_debug, and None is a default. Raises ConfigError for a text that means
+    nothing, TypeError for an unknown name.
     """
-    given = {"enc_layers": SCX_ENC_LAYERS, "secure_device": SCX_SECURE_DEVICE, "enable_debug": SCX_ENABLE_DEBUG}
+    given: dict[str, object] = {
+        "enc_layers": SCX_ENC_LAYERS, "secure_device": SCX_SECURE_DEVICE, "enable_debug": SCX_ENABLE_DEBUG,
+    }  # fmt: skip
     if unknown := set(lowercase) - set(given):
         raise TypeError(f"scx_env_init() has no argument {sorted(unknown)[0]!r}; it has {', '.join(given)}")
-    given |= lowercase
-    layers = str(given["enc_layers"])
+    given = {name: value for name, value in (given | lowercase).items() if value is not None}
+    layers = str(given.get("enc_layers", ""))
     parse_layers(layers, LAYERS)
-    debug = parse_debug(str(given["enable_debug"]))
-    os.environ[LAYERS], os.environ[DEVICE], os.environ[DEBUG] = layers, str(given["secure_device"]), str(debug)
+    debug = parse_debug(str(given.get("enable_debug", False)))
+    device = str(given.get("secure_device", "cpu"))
+    os.environ[LAYERS], os.environ[DEVICE], os.environ[DEBUG] = layers, device, str(debug)
 
 
-def get_scx_config() -> SCXConfig:
-    """What the environment says now. Raises ConfigError for a text that means nothing."""
-    layers = parse_layers(os.environ.get(LAYERS, ""), LAYERS)
-    return SCXConfig(layers, os.environ.get(DEVICE, "").strip() or "cpu", parse_debug(os.environ.get(DEBUG, "")))
+def get_scx_config(layers: int | None = None) -> SCXConfig:
+    """What the environment says now. layers: of the model, which "all" needs and which other numbers must be below.
+    Raises ConfigError for a text that means nothing, and for "all" without layers."""
+    found = parse_layers(os.environ.get(LAYERS, ""), LAYERS, layers)
+    if found is None:
+        if layers is None:
+            raise ConfigError(f"{LAYERS}={ALL} means every layer of a model that is not known here; call "
+                              "get_scx_config(layers=N) with its number of layers")
+        found = tuple(range(layers))
+    return SCXConfig(found, os.environ.get(DEVICE, "").strip() or "cpu", parse_debug(os.environ.get(DEBUG, "")))
 
 
 def snapshot() -> tuple[str | None, ...]:
@@ -109,8 +118,8 @@ def with_environment(config: EngineConfig) -> EngineConfig:
     layers = config.scx_layers if config.scx_layers is not None else os.environ.get(LAYERS)
     if config.scx_layers is not None and os.environ.get(LAYERS, config.scx_layers) != config.scx_layers:
         log.info("--scx-layers is given and beats %s", LAYERS)
-    if not layers:
+    if not (layers or "").strip():
         return config
     device = config.scx_secure_device or os.environ.get(DEVICE, "").strip() or "cpu"
-    debug = config.scx_debug or parse_debug(os.environ.get(DEBUG, ""))
+    debug = parse_debug(os.environ.get(DEBUG, "")) if config.scx_debug is None else config.scx_debug
     return dataclasses.replace(config, scx_layers=layers, scx_secure_device=device, scx_debug=debug)

@@ -4,8 +4,10 @@
     subkey  = HKDF-Expand(session, "scx/v1" | model | scheme | epoch | segment | layer | global KV head | purpose)
     stream  = ChaCha20(subkey) as 32-bit words
 
-What is drawn from a stream is unbiased (words that would favour a value are thrown away). Nothing is stored beyond
-its session, and every buffer here is cleared when it is no longer needed; numpy's and torch's generators take no part.
+What is drawn from a stream is unbiased (words that would favour a value are thrown away). Nothing is kept beyond its
+session; keys and the words of permutations are cleared when they are no longer needed, but what numpy, torch and
+OpenSSL copy on the way is not reached: freed memory may hold pieces of maps. numpy's and torch's generators take no
+part.
 No key, stream or table has a text form. It knows no tensors of a model, and no schedule.
 Sources: RFC 5869 (HKDF), RFC 8439 (ChaCha20), Fisher and Yates in Durstenfeld's form.
 """
@@ -73,7 +75,7 @@ def read_root(path: str) -> Secret:
     problem = f"--scx-key-file {path}: "
     digits = bytearray(2 * KEY_BYTES + 2)
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a FIFO would wait for a writer
     except OSError as error:
         raise ConfigError(problem + (error.strerror or "cannot be read")) from None
     try:
@@ -165,8 +167,12 @@ class Stream:
     def words(self, count: int) -> np.ndarray:
         """The next (count,) uint32."""
         drawn: np.ndarray = np.empty(count, dtype="<u4")
-        self._encryptor.update_into(bytes(4 * count), drawn.view(np.uint8).data)
+        self.fill(drawn)
         return drawn
+
+    def fill(self, words: np.ndarray) -> None:
+        """The next words into a contiguous array of uint32."""
+        self._encryptor.update_into(bytes(words.nbytes), words.view(np.uint8).data)
 
 
 def _joined(*parts: bytes) -> bytes:
@@ -179,7 +185,9 @@ def _joined(*parts: bytes) -> bytes:
 
 def permutations(keys: SessionKeys, purpose: str, labels: Sequence[Label], size: int) -> np.ndarray:
     """(len(labels), size) int16: an unbiased shuffle of 0..size-1 for each label. size: 2..2**15."""
-    words = np.stack([keys.stream(purpose, label).words(size - 1) for label in labels])
+    words: np.ndarray = np.empty((len(labels), size - 1), dtype="<u4")
+    for row, label in zip(words, labels, strict=True):
+        keys.stream(purpose, label).fill(row)
     shuffled = shuffle(words, size)
     for row in np.flatnonzero(shuffled[:, 0] < 0).tolist():  # a word was thrown away: about one row in 2**32 / size**2
         shuffled[row] = shuffle_slowly(keys.stream(purpose, labels[row]), size)
@@ -196,8 +204,9 @@ def shuffle(words: np.ndarray, size: int) -> np.ndarray:
     """Shuffles of 0..size-1 from (R, size - 1) words, all rows at once; a row with a biased word is all -1."""
     rows = np.arange(words.shape[0])
     order = np.tile(np.arange(size, dtype=np.int16), (words.shape[0], 1))
-    counts: np.ndarray = np.arange(size, 1, -1, dtype=np.uint64)
-    chosen = (words.astype(np.uint64) % counts).astype(np.intp)
+    counts: np.ndarray = np.arange(size, 1, -1, dtype=np.intp)
+    chosen: np.ndarray = words.astype(np.intp)
+    chosen %= counts  # in place: a copy of it would stay behind
     for step, last in enumerate(range(size - 1, 0, -1)):
         other = chosen[:, step]
         kept = order[rows, other]

@@ -20,31 +20,32 @@ CONDITION = 4.0  # of an invertible map; more would cost accuracy in 16 bits
 
 
 def rotations(keys: SessionKeys, purpose: str, labels: Sequence[Label], dim: int) -> torch.Tensor:
-    """A secret orthogonal matrix for each label: (R, D, D) float64; rows are mapped as x @ matrix."""
+    """A secret orthogonal matrix for each label: (R, D, D) float64, or float32 where that is exact (D a power of two);
+    rows are mapped as x @ matrix."""
     if dim & (dim - 1):
         return torch.from_numpy(_haar(keys, purpose, labels, dim))
-    plain = hadamard(dim)
+    plain = hadamard(dim).float()
     orders = (permutations(keys, f"{purpose}/order{i}", labels, dim) for i in (1, 2))
     first, second = (torch.from_numpy(order).long() for order in orders)
     signs = np.stack([keys.stream(f"{purpose}/signs", label).words(2 * dim) >> np.uint32(31) for label in labels])
-    flips = torch.from_numpy(1.0 - 2.0 * signs).view(len(labels), 2, dim)
+    flips = torch.from_numpy(1.0 - 2.0 * signs).float().view(len(labels), 2, dim)
     # x -> x[order] * signs -> H needs no product the first time: rows of H, each with a sign, in another order
-    made = torch.empty((len(labels), dim, dim), dtype=torch.float64)
+    made = torch.empty((len(labels), dim, dim))
     made.scatter_(1, first[:, :, None].expand_as(made), flips[:, 0, :, None] * plain)
-    made = made.gather(2, second[:, None].expand_as(made)) * flips[:, 1, None]
-    return (made.float() @ plain.float()).double() / dim  # sums of at most dim signs: exact in float32
+    made = made.gather(2, second[:, None].expand_as(made)).mul_(flips[:, 1, None])
+    return (made @ plain).div_(dim)  # sums of at most dim signs: exact in float32
 
 
 def invertible(
     keys: SessionKeys, purpose: str, labels: Sequence[Label], dim: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(M, inverse of M), each (R, D, D) float64, of condition CONDITION at most: rotation, scales, rotation.
+    """(M, inverse of M), each (R, D, D), of condition CONDITION at most: rotation, scales, rotation.
 
     Scales are log-uniform around 1, so that a map and its inverse treat sizes alike.
     """
     first, second = (rotations(keys, f"{purpose}/{side}", labels, dim) for side in ("left", "right"))
     points = np.stack([uniforms(keys.stream(f"{purpose}/scales", label), dim) for label in labels])
-    scales = CONDITION ** (torch.from_numpy(points) - 0.5)[:, None]  # (R, 1, D)
+    scales = (CONDITION ** (torch.from_numpy(points) - 0.5)[:, None]).to(first.dtype)  # (R, 1, D)
     return (first * scales) @ second, (second.mT / scales) @ first.mT
 
 

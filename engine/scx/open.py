@@ -16,7 +16,7 @@ from engine.scx.config import ScxConfig
 from engine.scx.environment import DEVICE, LAYERS
 from engine.scx.keys import Secret, fresh_root, read_root
 from engine.scx.remote import RemoteSecureSide
-from engine.scx.secure import HeadShape, LocalSecureSide, SecureSide
+from engine.scx.secure import HeadShape, LocalSecureSide, SecureSide, indexed
 from engine.scx.segments import SegmentBackend, SegmentedSide
 
 log = logging.getLogger(__name__)
@@ -26,12 +26,21 @@ THREATS = (
     "SCX obfuscates the KV cache of layers %s: a copy of that cache alone, without the session's key, cannot be used "
     "or read directly. It is not encryption. Known prefixes, queries, scores, hidden states or logits seen on the "
     "compute device undo every scheme; other layers' caches are plaintext and enough to recover a prompt. It protects "
-    "neither integrity nor lengths, timing or sampled tokens. docs/scx.md has the whole statement"
+    "neither integrity nor lengths, timing or sampled tokens, and from no malicious compute node. docs/scx.md has the "
+    "whole statement"
 )
+OF_SCHEME = {
+    "perm": "permutation mode is reversible from a single snapshot with public weights: sorting a row undoes it",
+    "perm-static": "permutation mode is reversible from a single snapshot with public weights: sorting a row undoes "
+                   "it. perm-static moreover has one map for all requests and heads: for comparison only; use perm",
+    "rotate": "rotation mode is reversible from norms with public weights: a row's length names its token",
+    "mix": "lengths under mix still name some tokens with public weights, and its projection matrix names a prompt",
+}  # fmt: skip
 
 
 def model_identity(spec: ModelSpec) -> bytes:
-    """What keys are bound to, so that one model's maps are no other's: a digest of the specification."""
+    """What keys are bound to: a digest of the specification. Checkpoints of one specification share it; their sessions
+    differ by their nonces all the same."""
     return hashlib.sha256(repr(spec).encode()).digest()
 
 
@@ -64,10 +73,9 @@ def _say(config: ScxConfig, shape: HeadShape, compute: torch.device) -> None:
         log.warning("SCX: keys live in a process of their own (%s), on this machine and its kernel: whoever is root "
                     "here reads both", config.secure_device)
     else:
-        same = ", and is the compute device" if torch.device(config.secure_device).type == compute.type else ""
+        same = ", and is the compute device" if indexed(torch.device(config.secure_device)) == indexed(compute) else ""
         log.warning("SCX: the secure device %s is in this process%s: no isolation", config.secure_device, same)
-    if config.scheme == "perm-static":
-        log.warning("SCX scheme perm-static has one map for all requests and heads: for comparison only; use perm")
+    log.warning("SCX scheme %s: %s", config.scheme, OF_SCHEME[config.scheme])
     if config.segment_tokens:
         log.warning("SCX: a key for every %d tokens makes attention run once a key, in plain PyTorch: slow",
                     config.segment_tokens)

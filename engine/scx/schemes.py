@@ -26,18 +26,29 @@ class Maps(NamedTuple):
     v: torch.Tensor
     out: torch.Tensor
 
+    def __repr__(self) -> str:
+        return "<Maps>"
+
 
 class Scheme(Protocol):
-    """One way to make maps. matrices: whether maps are matrices. shared: one key for all requests."""
+    """One way to make maps. matrices: whether maps are matrices. shared: one key for all requests. tables: different
+    maps of a head, 4, or 3 where queries and keys have the same one."""
 
     matrices: bool
     shared: bool
+    tables: int
 
     def maps(self, keys: SessionKeys, layers: Sequence[int], heads: int, dim: int, segment: int = 0) -> Maps:
         """The maps of a session (or of one segment of it) for `heads` KV heads of `dim` entries."""
 
 
 schemes: Registry[type[Scheme]] = Registry("SCX scheme", "engine.scx")
+
+
+def map_bytes(scheme: str, layers: int, heads: int, dim: int) -> int:
+    """What the maps of one session (or of one segment) of `layers` layers and `heads` KV heads take [bytes]."""
+    kind = schemes[scheme]
+    return kind.tables * layers * heads * dim * (4 * dim if kind.matrices else 2)
 
 
 def _labels(layers: Sequence[int], heads: int, segment: int) -> list[Label]:
@@ -53,7 +64,7 @@ def _inverse(orders: torch.Tensor) -> torch.Tensor:
 class Perm:
     """A permutation of the head's entries for each request, layer and KV head; another one for values."""
 
-    matrices, shared = False, False
+    matrices, shared, tables = False, False, 3
 
     def maps(self, keys: SessionKeys, layers: Sequence[int], heads: int, dim: int, segment: int = 0) -> Maps:
         """See Scheme."""
@@ -67,7 +78,7 @@ class Perm:
 class PermStatic:
     """SCX-vLLM's: one permutation a layer for queries, keys and values of all heads and requests. For comparison."""
 
-    matrices, shared = False, True
+    matrices, shared, tables = False, True, 3
 
     def maps(self, keys: SessionKeys, layers: Sequence[int], heads: int, dim: int, segment: int = 0) -> Maps:
         """See Scheme."""
@@ -80,7 +91,7 @@ class PermStatic:
 class Rotate:
     """A rotation for each request, layer and KV head; another one for values."""
 
-    matrices, shared = True, False
+    matrices, shared, tables = True, False, 3
 
     def maps(self, keys: SessionKeys, layers: Sequence[int], heads: int, dim: int, segment: int = 0) -> Maps:
         """See Scheme."""
@@ -93,7 +104,7 @@ class Rotate:
 class Mix:
     """An invertible map of condition 4 at most for each request, layer and KV head; another one for values."""
 
-    matrices, shared = True, False
+    matrices, shared, tables = True, False, 4
 
     def maps(self, keys: SessionKeys, layers: Sequence[int], heads: int, dim: int, segment: int = 0) -> Maps:
         """See Scheme."""

@@ -40,6 +40,9 @@ class SealOrder(NamedTuple):
     firsts: torch.Tensor
     order: torch.Tensor
 
+    def __repr__(self) -> str:
+        return "<SealOrder>"
+
 
 @dataclass(slots=True)
 class Traffic:
@@ -133,9 +136,9 @@ class Step:
         return Step(batch, slots, starts, ends, Rows(positions, of_rows, of_rows))
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, repr=False)
 class Session:
-    """An open session of the local side."""
+    """An open session of the local side. Like Maps and SealOrder it has no text form that tells what is in it."""
 
     keys: SessionKeys
     segments: list[Maps] = field(default_factory=list)  # with --scx-segment-tokens: maps (L, ...) of each segment
@@ -151,8 +154,8 @@ class LocalSecureSide(SecureSide):
         self, config: ScxConfig, shape: HeadShape, rope: torch.Tensor, root: Secret, model: bytes,
         compute: torch.device,
     ) -> None:  # fmt: skip
-        self.config, self.shape, self.compute = config, shape, compute
-        self.device = torch.device(config.secure_device)
+        self.config, self.shape = config, shape
+        self.compute, self.device = indexed(compute), indexed(torch.device(config.secure_device))
         self.scheme = schemes[config.scheme]()
         self.traffic = Traffic()
         self._scope, self._root = Scope(model, config.scheme), root
@@ -166,12 +169,15 @@ class LocalSecureSide(SecureSide):
         self._tables = self._make_tables()
 
     def _make_tables(self) -> list[Maps]:
-        """For each layer, maps (slots, G, D[, D]); zeros where no session is."""
-        dim, matrices = self.shape.head_dim, self.scheme.matrices
-        shape = (self.shape.slots, self.shape.kv_heads, dim, *((dim,) if matrices else ()))
-        dtype = torch.float32 if matrices else torch.int16
-        return [Maps(*(torch.zeros(shape, dtype=dtype, device=self.device) for _ in Maps._fields))
-                for _ in self.config.layers]  # fmt: skip
+        """For each layer, maps (slots, G, D[, D]); zeros where no session is. map_bytes() says what they take."""
+        dim, scheme = self.shape.head_dim, self.scheme
+        shape = (self.shape.slots, self.shape.kv_heads, dim, *((dim,) if scheme.matrices else ()))
+        dtype = torch.float32 if scheme.matrices else torch.int16
+        made = []
+        for _ in self.config.layers:
+            tables = [torch.zeros(shape, dtype=dtype, device=self.device) for _ in range(scheme.tables)]
+            made.append(Maps(tables[0], tables[-3], tables[-2], tables[-1]))  # q's and k's are one where they are alike
+        return made
 
     # ------------------------------------------------------------ sessions
 
@@ -184,29 +190,39 @@ class LocalSecureSide(SecureSide):
         salt = b"static" if self.scheme.shared else nonce
         keys = SessionKeys(self._root, salt, self._scope, tenant=tenant, epoch=0 if self.scheme.shared else epoch)
         session = Session(keys)
-        self._fill(slot, session)
+        try:
+            self._fill(slot, session)
+        except BaseException:
+            self._wipe(slot, session)
+            raise
         self._sessions[slot] = session
         self._next[:, slot] = 0
         return keys.namespace
 
     def _fill(self, slot: int, session: Session) -> None:
-        """Derive a session's maps into its place in the tables."""
+        """Derive a session's maps into its place in the tables, a layer at a time: what is made on the way is small."""
         shape = self.shape
-        maps = self.scheme.maps(session.keys, self.config.layers, shape.kv_heads, shape.head_dim)
-        for made, into in zip(maps, Maps(*zip(*self._tables, strict=True)), strict=True):
-            for i, table in enumerate(into):
-                table[slot] = made[i]
-        clear(maps)
+        for layer, tables in zip(self.config.layers, self._tables, strict=True):
+            maps = self.scheme.maps(session.keys, (layer,), shape.kv_heads, shape.head_dim)
+            try:
+                for made, table in list(zip(maps, tables, strict=True))[4 - self.scheme.tables :]:
+                    table[slot] = made[0]
+            finally:
+                clear(maps)
 
     def close(self, slot: int) -> None:
         """See SecureSide."""
         session = self._sessions.pop(slot, None)
         if session is None:
             return
+        self._wipe(slot, session)
+        self._next[:, slot] = -1
+
+    def _wipe(self, slot: int, session: Session) -> None:
+        """Clear a session's key and maps."""
         session.keys.clear()
         for maps in (*session.segments, *(Maps(*(table[slot] for table in tables)) for tables in self._tables)):
             clear(maps)
-        self._next[:, slot] = -1
 
     def shut(self) -> None:
         """See SecureSide."""
@@ -306,10 +322,15 @@ class LocalSecureSide(SecureSide):
         heads, orders = range(self.shape.kv_heads), []
         for slot in dict.fromkeys(slot for slot, _ in blocks):
             labels = [Label(layer, head, block) for owner, block in blocks if owner == slot for head in heads]
-            orders.append(permutations(self._sessions[slot].keys, "row", labels, size))
+            orders.append(permutations(self._sessions[slot].keys, "row", labels, size))  # told to the compute device
         order = torch.from_numpy(np.concatenate(orders)).view(len(blocks), len(heads), size)
         slots, firsts = torch.tensor([[slot, block * size] for slot, block in blocks]).unbind(1)
         return SealOrder(slots.to(self.compute), firsts.to(self.compute), order.long().to(self.compute))
+
+
+def indexed(device: torch.device) -> torch.device:
+    """The device by its full name: `cuda` and `cuda:0` are one and must compare equal."""
+    return torch.device("cuda", 0) if device.type == "cuda" and device.index is None else device
 
 
 def clear(tensors: Sequence[torch.Tensor]) -> None:

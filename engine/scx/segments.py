@@ -17,7 +17,7 @@ from engine.attention.base import Caps
 from engine.runner.batch import Batch
 from engine.scx.errors import ShapeMismatch
 from engine.scx.schemes import Maps
-from engine.scx.secure import Encoded, LocalSecureSide, SecureSide, Session, Step
+from engine.scx.secure import Encoded, LocalSecureSide, SecureSide, Session, Step, clear
 from tessera_kernels.head_maps import Rows, encode_reference, map_heads
 
 
@@ -102,10 +102,11 @@ class SegmentedSide(LocalSecureSide):
         heads, groups = self.shape.heads, self.shape.kv_heads
         parts = parts_of(batch, self.config.segment_tokens)
         source, tables, own = self._layout(parts, step)
-        q_map, k_map, v_map, _ = self._maps_of(parts, place)
+        maps = self._maps_of(parts, place)
         wide = Rows(step.rows.positions[source], step.rows.slots[source], tables)
         received = qkv.to(self.device)
-        rows = encode_reference(received[source], self._rope, wide, q_map, k_map, v_map, heads)
+        rows = encode_reference(received[source], self._rope, wide, maps.q, maps.k, maps.v, heads)
+        clear(maps)
         self._count(qkv, rows)
         q, k, v = rows.to(self.compute).split([heads, groups, groups], dim=1)
         own = own.to(self.compute)
@@ -115,7 +116,7 @@ class SegmentedSide(LocalSecureSide):
 
     def decode(self, layer: int, attended: torch.Tensor, batch: Batch) -> torch.Tensor:
         """See SecureSide; attended is (R, H * (D + 1)), as SegmentBackend returns it, the result (N, H * D) in the
-        type of the rope-encoded rows."""
+        type of the projections that were encoded."""
         place, step = self._awaited(layer, batch)
         heads, dim = self.shape.heads, self.shape.head_dim
         parts = parts_of(batch, self.config.segment_tokens)
@@ -124,14 +125,17 @@ class SegmentedSide(LocalSecureSide):
             raise ShapeMismatch(f"layer {layer}: {tuple(attended.shape)} is not the output of the scheduled rows")
         self._awaiting[place] = None
         received = attended.to(self.device).view(-1, heads, dim + 1)
-        outputs = map_heads(received[:, :, :dim].contiguous(), self._maps_of(parts, place).out, tables)
+        maps = self._maps_of(parts, place)
+        outputs = map_heads(received[:, :, :dim].contiguous(), maps.out, tables)
+        clear(maps)
         merged = merge(outputs, received[:, :, dim], source, step.rows.tables.shape[0])
         decoded = merged.to(step.dtype).flatten(1)
         self._count(attended, decoded)
         return decoded.to(self.compute)
 
     def _maps_of(self, parts: list[Part], place: int) -> Maps:
-        """Maps (len(parts), G, D[, D]) of one layer, a row for each part; those not known yet are derived."""
+        """Maps (len(parts), G, D[, D]) of one layer, a row for each part; those not known yet are derived. A copy, for
+        the caller to clear."""
         chosen = []
         for part in parts:
             session = self._sessions[part.slot]

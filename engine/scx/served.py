@@ -18,7 +18,7 @@ from engine.scx import frames
 from engine.scx.config import ScxConfig
 from engine.scx.errors import OutOfOrder, ShapeMismatch, UnknownSession, WorkerRefused
 from engine.scx.keys import Secret
-from engine.scx.schemes import schemes
+from engine.scx.schemes import map_bytes, schemes
 from engine.scx.secure import HeadShape, LocalSecureSide
 from engine.scx.segments import SegmentedSide
 
@@ -106,8 +106,10 @@ class Served:
             raise WorkerRefused(f"no such scheme; this worker has {', '.join(schemes.names())}")
         need = table_bytes(geometry)
         if need > self._limits.table_bytes:
-            raise WorkerRefused(f"maps of {geometry.slots} slots and {len(geometry.layers)} layers take {need} bytes "
-                                f"and --limit-bytes is {self._limits.table_bytes}; raise it or lower --max-num-seqs")
+            each = "segments of a request" if geometry.segment_tokens else f"{geometry.slots} slots"
+            raise WorkerRefused(f"maps of {each} and {len(geometry.layers)} layers take {need} bytes and --limit-bytes "
+                                f"is {self._limits.table_bytes}; raise it, encode fewer layers or lower "
+                                f"{'--max-model-len' if geometry.segment_tokens else '--max-num-seqs'}")
         self._geometry = geometry
         self._descriptor = frames.make_region(geometry)
         self.region = frames.Region(self._descriptor, geometry, keep=True)
@@ -169,11 +171,10 @@ class Served:
 
 
 def table_bytes(geometry: frames.Geometry) -> int:
-    """What maps of all slots and the rotary table take [bytes]. Maps of segments are a session's and not counted."""
+    """What maps of all slots and the rotary table take [bytes]; with segments, the maps that one session can reach."""
     g = geometry
-    entry = g.head_dim * 4 if schemes[g.scheme].matrices else 2
-    maps = 0 if g.segment_tokens else 4 * len(g.layers) * g.slots * g.kv_heads * g.head_dim * entry
-    return maps + g.max_tokens * g.head_dim * 4
+    sets = -(-g.max_tokens // g.segment_tokens) if g.segment_tokens else g.slots
+    return sets * map_bytes(g.scheme, len(g.layers), g.kv_heads, g.head_dim) + g.max_tokens * g.head_dim * 4
 
 
 def batch_of(chunks: Sequence[frames.Chunk], geometry: frames.Geometry) -> Batch:

@@ -28,7 +28,8 @@ POOL_BYTES = 256 << 20
 @dataclass(slots=True)
 class Request:
     """A request on the device. fed: tokens computed; seen: (layer, what) -> tensors as they crossed, a chunk each:
-    "k" and "q" (of V1 and V3), and of V4 "qkv", "attended" and "decoded"."""
+    "k" and "q" (of V1 and V3), and of V4 "qkv", "attended" and "decoded"; the orders of sealed blocks are kept as
+    "slots", "firsts" and "order" and not attacked with."""
 
     slot: int
     fed: int = 0

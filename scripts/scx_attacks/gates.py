@@ -14,6 +14,7 @@ from scripts.scx_attacks.table import Row
 
 WORKS = 0.99  # of an attack on what it is made for
 CHANCE_FACTOR = 5
+LINK_FACTOR = 2  # of chance, for A9 by raw rows
 LENGTHS_SEEP = 0.05  # A2 and A3 compare rows with their lengths, which a rotation keeps
 LENGTHS_MIXED = 0.10  # A4 against maps that stretch
 SEGMENTED = 0.05  # A5 where the known tokens fill other segments
@@ -21,10 +22,10 @@ SHARED_KEY = "perm-static"
 LINKABLE = {"perm": ("sorted", "norms", "gram"), "rotate": ("norms", "gram"), "mix": ()}  # besides "projection"
 
 
-def near_chance(chance: float, samples: int) -> float:
-    """The largest rate that passes for chance: five times as much (or 0.05 more, where that is less), three standard
-    deviations of a sample and one hit."""
-    hits = min(CHANCE_FACTOR * chance, chance + 0.05) * samples
+def near_chance(chance: float, samples: int, factor: float = CHANCE_FACTOR) -> float:
+    """The largest rate that passes for chance: `factor` times as much (or 0.05 more, where that is less), three
+    standard deviations of a sample and one hit."""
+    hits = min(factor * chance, chance + 0.05) * samples
     return (hits + 3 * math.sqrt(hits) + 1) / samples
 
 
@@ -74,8 +75,7 @@ def _relations(row: Row) -> list[str]:
         return [] if reuse > WORKS else [f"one key for all requests, and A8 sees only {reuse:.1%} equal rows"]
     found = [] if reuse == 0 else [f"A8 sees {reuse:.2%} equal rows in two requests with keys of their own"]
     raw, chance = row.rates["A9 raw"]
-    tokens = row.recovery["A4"].tokens
-    if raw > (limit := near_chance(chance, tokens)):
+    if raw > (limit := near_chance(chance, row.linked_rows, LINK_FACTOR)):
         found.append(f"A9 links {raw:.1%} of raw rows, more than {limit:.1%}")
     if row.rules.segment_tokens:
         return found

@@ -24,6 +24,7 @@ Capture = Callable[[Rules, Sequence[torch.Tensor]], list[dict[int, View]]]
 class Probe:
     """What is attacked with. prompts: each (n,) ids, all of one length, n > 2 D. deep: the layer of A6 and A9.
 
+    pairs: of requests with the first prompt under two keys, for A9 by raw rows.
     positions, pool: A6 tries, at each of these positions, the true token and pool - 1 others drawn from the
     vocabulary; 0 = the whole vocabulary.
     """
@@ -32,15 +33,17 @@ class Probe:
     deep: int
     positions: range
     pool: int = 0
+    pairs: int = 1
 
 
 @dataclass(slots=True)
 class Row:
-    """One scheme. recovery: attack -> Score; rates: measure -> (value, chance)."""
+    """One scheme. recovery: attack -> Score; rates: measure -> (value, chance). linked_rows: rows of A9 by raw."""
 
     rules: Rules
     recovery: dict[str, Score] = field(default_factory=dict)
     rates: dict[str, tuple[float, float]] = field(default_factory=dict)
+    linked_rows: int = 0
 
     def as_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -63,12 +66,13 @@ class Table:
         self._tried: list[Rows] = collision.candidate_rows(model, truth, probe.deep, probe.positions, self._pools)
 
     def row(self, rules: Rules, capture: Capture) -> Row:
-        """All attacks on one scheme. The first prompt is captured once more, for A9 and the alarm."""
-        found = Row(rules)
-        *views, again = capture(rules, [*self.probe.prompts, self.probe.prompts[0]])
+        """All attacks on one scheme. The first prompt is captured again, for A9 and the alarm."""
+        found, count = Row(rules), len(self.probe.prompts)
+        captured = capture(rules, [*self.probe.prompts, *[self.probe.prompts[0]] * self.probe.pairs])
+        views, others = captured[:count], captured[count:]
         self._rows(found, [view[0] for view in views])
         self._collisions(found, views[0][self.probe.deep])
-        self._relations(found, views[0], again)
+        self._relations(found, views[0], others)
         return found
 
     def _score(self, views: list[View], attack: Callable[[View, torch.Tensor], Guess], start: int = 0) -> Score:
@@ -122,15 +126,19 @@ class Table:
             each[feature] = score([places(self.collide(view, feature), first)], 1 / self._pools.shape[1])
         found.recovery["A6"] = best(each.values())
 
-    def _relations(self, found: Row, one: dict[int, View], other: dict[int, View]) -> None:
-        """A8 at layer 0, A9 at the deep layer. Both requests have the first prompt."""
+    def _relations(self, found: Row, one: dict[int, View], others: Sequence[dict[int, View]]) -> None:
+        """A8 at layer 0, A9 at the deep layer. All requests have the first prompt; by raw rows A9 takes every pair."""
+        other = others[0]
         precision, recall = link.equal_pairs(one[0], self.probe.prompts[0])
         found.rates["A8 precision"] = precision, 0.0
         found.rates["A8 recall"] = recall, 0.0
         found.rates["A8 reuse"] = link.reuse_share(one[0], other[0]), 0.0
         deep = self.probe.deep
         for by in link.LINKS:
-            found.rates[f"A9 {by}"] = link.link_rate(one[deep], other[deep], by), link.link_chance(one[deep])
+            tried = others if by == "raw" else others[:1]
+            rate = sum(link.link_rate(one[deep], each[deep], by) for each in tried) / len(tried)
+            found.rates[f"A9 {by}"] = rate, link.link_chance(one[deep])
+        found.linked_rows = len(others) * one[deep].tokens
 
 
 def best(some: Iterable[Score]) -> Score:

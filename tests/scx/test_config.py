@@ -13,12 +13,15 @@ from typing import Any
 import pytest
 import torch
 
+from engine import build
+from engine.attention.base import backends
 from engine.core.config import EngineConfig, make
 from engine.core.errors import ConfigError
 from engine.scx import get_scx_config, scx_env_init
 from engine.scx.config import scx_config
 from engine.scx.environment import check_unchanged, parse_layers, snapshot, with_environment
 from scripts.scx_exactness import spec_of
+from tests import models
 
 VARIABLES = ("SCX_ENC_LAYERS", "SCX_SECURE_DEVICE", "SCX_ENABLE_DEBUG")
 SPEC = dataclasses.replace(spec_of(16), layers=30)
@@ -63,8 +66,9 @@ def test_good_layers(text: str, layers: tuple[int, ...]) -> None:
 def test_off_by_default_and_by_the_empty_text(caplog: pytest.LogCaptureFixture) -> None:
     """Nothing set, and "" from either side; a flag's "" beats the variable."""
     assert resolved() is None and resolved(scx_layers="") is None
-    os.environ["SCX_ENC_LAYERS"] = ""
-    assert resolved() is None
+    for blank in ("", " ", "\t"):
+        os.environ["SCX_ENC_LAYERS"] = blank
+        assert resolved() is None
     os.environ["SCX_ENC_LAYERS"] = "0,29"
     assert resolved().layers == (0, 29)
     assert resolved(scx_layers="") is None
@@ -85,7 +89,7 @@ def test_bad_devices_are_named_with_those_there_are() -> None:
 def test_contradictions_are_refused() -> None:
     """Settings without layers, blocks that cross keys, a key a segment where there is one for everybody."""
     for alone in ({"scx_scheme": "mix"}, {"scx_page_seal": True}, {"scx_segment_tokens": 8}, {"scx_key_file": "x"},
-                  {"scx_secure_device": "cpu"}):  # fmt: skip
+                  {"scx_secure_device": "cpu"}, {"scx_debug": True}):  # fmt: skip
         with pytest.raises(ConfigError, match="without layers"):
             resolved(**alone)
     for bad, said in (
@@ -174,3 +178,66 @@ def test_a_change_after_the_engine_was_built_warns(caplog: pytest.LogCaptureFixt
     assert "SCX_ENC_LAYERS changed after the engine was built" in caplog.text
     caplog.clear()
     assert check_unchanged(later) == later and not caplog.records
+
+
+def test_a_flag_beats_its_variable() -> None:
+    """Layers, device and debugging, in both directions; without layers the other two variables have no effect."""
+    scx_env_init("0", "gpu7", True)
+    assert resolved(scx_secure_device="cpu").debug
+    assert not resolved(scx_secure_device="cpu", scx_debug=False).debug
+    os.environ["SCX_ENABLE_DEBUG"] = "False"
+    assert resolved(scx_secure_device="cpu", scx_debug=True, scx_layers="1").debug
+    os.environ["SCX_ENC_LAYERS"], os.environ["SCX_ENABLE_DEBUG"] = "", "True"
+    assert resolved() is None
+
+
+def test_none_and_all_in_scx_vllms_interface() -> None:
+    """None is a default, never the text "None"; "all" is numbers once the number of layers is known, else an error."""
+    scx_env_init(None, None, None)
+    assert [os.environ[name] for name in VARIABLES] == ["", "cpu", "False"]
+    scx_env_init(enc_layers=None, secure_device=None)
+    assert [os.environ[name] for name in VARIABLES] == ["", "cpu", "False"]
+    scx_env_init("all")
+    assert get_scx_config(layers=3).enc_layers == (0, 1, 2) and resolved().layers == tuple(range(30))
+    with pytest.raises(ConfigError, match=r"get_scx_config\(layers=N\)"):
+        get_scx_config()
+    scx_env_init("0,3")
+    with pytest.raises(ConfigError, match=r"0\.\.2"):
+        get_scx_config(layers=3)
+
+
+def test_a_paged_backend_is_refused_before_anything_is_allocated(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Encoded layers need slots; a backend of blocks is named, and no store was made for it."""
+    folder = models.tiny_llama_dir(tmp_path, 3, num_hidden_layers=2)
+    paged = next(name for name in backends.names() if backends[name].caps.paged and backends[name].missing() is None)
+    config, spec, groups = build.resolve(EngineConfig(
+        model=str(folder), dtype="float32", max_num_seqs=2, max_model_len=64, kv_pool_bytes=8 << 20, scx_layers="0",
+        attention_backend=paged))  # fmt: skip
+    monkeypatch.setattr(build, "make_store", lambda *_: pytest.fail("a store was made"))
+    with pytest.raises(ConfigError, match=f"--scx-layers needs a cache of slots, and --attention-backend {paged}"):
+        build.build_runner(spec, config, groups)
+
+
+def test_maps_are_taken_from_the_pools_memory_or_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Maps of every slot are subtracted before the pool is sized; those that do not fit, and segments whose maps a
+    request could grow beyond the limit, are refused with the numbers before anything is allocated."""
+    folder = models.tiny_llama_dir(tmp_path, 3, num_hidden_layers=2)
+    common: dict[str, Any] = {"model": str(folder), "dtype": "float32", "max_num_seqs": 8, "max_model_len": 64,
+                              "kv_page_bytes": 4096}  # fmt: skip
+    monkeypatch.setattr(build, "free_memory_bytes", lambda: 4 << 20)
+    plain = build.resolve(EngineConfig(**common))[2]
+    encoded = build.resolve(EngineConfig(**common, scx_layers="all", scx_scheme="mix"))[2]
+    maps = 8 * 4 * 2 * 2 * 16 * 16 * 4  # slots, maps, layers, KV heads, D x D float32
+    resolved_config, spec, _ = build.resolve(EngineConfig(**common))
+    geometry = build.geometry_of(spec, resolved_config, torch.float32)
+    share = EngineConfig().gpu_memory_utilization
+    assert plain == int((4 << 20) * share) // geometry.group_bytes
+    assert encoded == int(((4 << 20) - maps) * share) // geometry.group_bytes < plain
+    monkeypatch.setattr(build, "free_memory_bytes", lambda: maps - 1)
+    with pytest.raises(ConfigError, match=f"take {maps} bytes and {maps - 1} are free.*--max-num-seqs"):
+        build.resolve(EngineConfig(**common, scx_layers="all", scx_scheme="mix"))
+    monkeypatch.setattr("engine.scx.config.SEGMENTS_LIMIT_BYTES", maps // 8 * 7)
+    with pytest.raises(ConfigError, match=f"has 8 segments, whose maps take {maps // 8} bytes each"):
+        build.resolve(EngineConfig(**common, scx_layers="all", scx_scheme="mix", scx_segment_tokens=8))

@@ -35,7 +35,8 @@ LAYER_CASES = [
         if not ("segments" in extra and scheme == "perm-static")
     )
     for j, (dtype, backend) in enumerate(
-        (("float32", "cpu_vattn"), ("bfloat16", "cpu_vattn"), ("bfloat16", "torch_vattn"), ("float32", "torch_vattn"))
+        (("float32", "cpu_vattn"), ("bfloat16", "cpu_vattn"), ("bfloat16", "torch_vattn"), ("float32", "torch_vattn"),
+         ("float16", "torch_vattn"))
     )
 ]  # fmt: skip
 
@@ -54,6 +55,15 @@ def test_an_encoded_layer_equals_the_plain_one(case: Case) -> None:
     assert found.passed, found
 
 
+@pytest.mark.parametrize("scheme", ["rotate", "mix"])
+def test_the_16_bit_error_over_roots(scheme: str) -> None:
+    """The matrix's one root is not a lucky one: the median of several is within its limit, and none is far above it
+    (some are above: projections are rounded once more before they are encoded)."""
+    case = Case("bfloat16", scheme, "whole", "mega", "torch_vattn")
+    _, median, most = scx_exactness.spread([run_case(case, root=root).ratio for root in range(9)])
+    assert median <= scx_exactness.LIMITS[scheme] and most < 1.06 * scx_exactness.LIMITS[scheme]
+
+
 @pytest.mark.parametrize("scheme", ["perm", "rotate", "mix"])
 def test_a_wrong_key_gives_garbage(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Decoded, or looked up, with another session's maps the output is off by more than half; with its own it is not.
@@ -66,8 +76,10 @@ def test_a_wrong_key_gives_garbage(scheme: str, monkeypatch: pytest.MonkeyPatch)
 
         def mixed_up(self: LocalSecureSide, slot: int, session: Any, wrong: str = wrong) -> None:
             fill(self, slot, session)
-            for table in self._tables:
-                getattr(table, wrong)[slot] = getattr(table, wrong)[slot].roll(1, 0)  # another head's
+            for i, maps in enumerate(self._tables):
+                mixed = getattr(maps, wrong).clone()  # queries' and keys' may be one table
+                mixed[slot] = mixed[slot].roll(1, 0)  # another head's
+                self._tables[i] = maps._replace(**{wrong: mixed})
 
         with monkeypatch.context() as patch:
             patch.setattr(LocalSecureSide, "_fill", mixed_up)
@@ -150,6 +162,21 @@ def test_scx_vllms_names_and_variables_reach_the_engine(
         assert "SCX_ENC_LAYERS changed after the engine was built" in caplog.text
     with pytest.raises(ConfigError, match=r"layer 2 is outside 0\.\.1"):
         LLM(str(folder), scx_layers="0,2", **settings)
+
+
+def test_a_qwen2_checkpoint_under_scx_vllms_name(tmp_path: Path) -> None:
+    """Qwen2SCXForCausalLM is built, with its biases, encoded, and says what Qwen2ForCausalLM says."""
+    folder = models.tiny_qwen2_dir(tmp_path, 24)
+    many = oracle.prompts(3, models.TINY_VOCAB, 6, 5, 30)
+    plain = oracle.make_engine(folder)
+    wanted = oracle.run_greedy(plain, many, 6)
+    plain.close()
+    config = folder / "config.json"
+    config.write_text(config.read_text().replace("Qwen2ForCausalLM", "Qwen2SCXForCausalLM"))
+    engine = oracle.make_engine(folder, scx_layers="all", scx_scheme="mix")
+    assert engine.executor.runner.scx.scx.config.layers == (0, 1)
+    assert oracle.run_greedy(engine, many, 6) == wanted
+    engine.close()
 
 
 def test_preempted_requests_resume_under_another_key(tiny: dict[str, Path]) -> None:
@@ -289,4 +316,25 @@ def test_an_observer_sees_what_crosses_and_changes_nothing(tiny: dict[str, Path]
     assert queries["q"].shape == (12, 4, 16) and projected["qkv"].shape == (12, 8 * 16)
     assert output["attended"].shape == output["decoded"].shape == (12, 64)
     assert not torch.equal(output["attended"], output["decoded"])
+    engine.close()
+
+
+def test_the_observer_sees_the_order_of_sealed_blocks(tiny: dict[str, Path]) -> None:
+    """What the secure side tells the compute device to shuffle by crosses as the queries do, so V3 has it: undone by
+    it, the slab is what V1 saw written."""
+    seen: list[tuple[str, dict[str, torch.Tensor]]] = []
+
+    def watch(view: str, layer: int, tensors: dict[str, torch.Tensor]) -> None:
+        seen.append((view, {name: tensor.clone() for name, tensor in tensors.items()}))
+
+    engine = oracle.make_engine(tiny["llama"], scx_layers="1", scx_page_seal=True, scx_seal_tokens=4)
+    engine.executor.runner.scx.scx.observer = watch
+    keys, _ = cached(engine, 10)[1]
+    assert [view for view, _ in seen] == ["V1", "V3", "V4", "V3", "V4"]
+    written, told = seen[0][1]["k"], seen[3][1]
+    assert told["slots"].tolist() == [0, 0] and told["firsts"].tolist() == [0, 4] and told["order"].shape == (2, 2, 4)
+    assert not torch.equal(keys, written)
+    for first, orders in zip(told["firsts"].tolist(), told["order"], strict=True):
+        for head, order in enumerate(orders):
+            assert torch.equal(keys[first : first + 4, head], written[first + order, head])
     engine.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from itertools import permutations as all_orders
 from pathlib import Path
 
@@ -13,7 +14,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.core.errors import ConfigError, InvariantError
-from engine.scx.keys import Label, Scope, Secret, SessionKeys, permutations, read_root, shuffle, shuffle_slowly
+from engine.scx.keys import (
+    Label,
+    Scope,
+    Secret,
+    SessionKeys,
+    Stream,
+    permutations,
+    read_root,
+    shuffle,
+    shuffle_slowly,
+)
 from engine.scx.matrices import CONDITION
 from engine.scx.schemes import Maps, schemes
 
@@ -180,6 +191,23 @@ def test_a_root_file_is_strict(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="64 hexadecimal digits") as caught:
             read_root(str(path))
         assert "abab" not in str(caught.value)
-    for absent in (tmp_path / "none", tmp_path):
+    os.mkfifo(tmp_path / "fifo", 0o600)  # nobody writes to it: to wait would be for ever
+    for absent in (tmp_path / "none", tmp_path, tmp_path / "fifo"):
         with pytest.raises(ConfigError, match="--scx-key-file"):
             read_root(str(absent))
+
+
+def test_words_are_cleared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The words that permutations were drawn from are zeros afterwards, and no copy of all of them was made."""
+    filled: list[np.ndarray] = []
+    fill = Stream.fill
+
+    def watched(self: Stream, words: np.ndarray) -> None:
+        fill(self, words)
+        assert words.any()
+        filled.append(words)
+
+    keys = session()
+    monkeypatch.setattr(Stream, "fill", watched)
+    permutations(keys, "qk", [Label(0, 0), Label(0, 1)], 16)
+    assert len(filled) == 2 and not any(words.any() for words in filled)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from engine.tokenization import load_tokenizer
 from scripts.scx_attacks import collision, gates, known, link, rows, scores
 from scripts.scx_attacks.capture import PLAIN, Device, Engine
 from scripts.scx_attacks.public import PublicModel
-from scripts.scx_attacks.table import Probe, Row, Table
+from scripts.scx_attacks.table import Probe, Table
 from scripts.scx_attacks.text import PASSAGES
 from scripts.scx_attacks.view import Guess, Rules, View, places
 from tessera_kernels.head_maps import map_heads
@@ -77,7 +78,7 @@ def model(folder: Path) -> PublicModel:
 
 @pytest.fixture(scope="module")
 def table(model: PublicModel, prompts: list[torch.Tensor]) -> Table:
-    return Table(model, Probe(prompts, DEEP, range(40, 46), pool=256))
+    return Table(model, Probe(prompts, DEEP, range(40, 46), pool=256, pairs=4))
 
 
 @pytest.fixture(scope="module")
@@ -139,11 +140,14 @@ def test_chance_over_many_keys(model: PublicModel, scheme: str) -> None:
 def test_gates_notice(table: Table, capture: Engine) -> None:
     """A scheme that is weaker than its name fails: permuted rows handed in as `mix`, plain ones as `perm`."""
     permuted = table.row(Rules("perm"), capture)
-    assert any("A4" in line for line in gates.problems([Row(Rules("mix"), permuted.recovery, permuted.rates)]))
+    assert any("A4" in line for line in gates.problems([replace(permuted, rules=Rules("mix"))]))
     plain = table.row(Rules(PLAIN), capture)
-    said = gates.problems([Row(Rules("perm"), plain.recovery, plain.rates)])
+    said = gates.problems([replace(plain, rules=Rules("perm"))])
     assert any("A1 V" in line for line in said) and any("A8" in line for line in said)
-    assert len(gates.problems([Row(Rules(PLAIN), permuted.recovery, permuted.rates)])) >= 3
+    assert len(gates.problems([replace(permuted, rules=Rules(PLAIN))])) >= 3
+    assert permuted.linked_rows == 4 * TOKENS and not gates.problems([permuted])
+    linked = replace(permuted, rates=permuted.rates | {"A9 raw": (0.03, 1 / TOKENS)})
+    assert any("A9 links 3.0% of raw rows" in line for line in gates.problems([linked]))
 
 
 @pytest.mark.parametrize("scheme", ["perm", "rotate", "mix"])

@@ -1,4 +1,4 @@
-"""A planted root key and what is derived from it appear in no log, command line or environment of the engine.
+"""A planted root key and what is derived from it, maps included, appear in no log, command line or environment.
 
 A control plants a leak in each of these places and must find it.
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.scx.keys import Label, Scope, Secret, SessionKeys
+from engine.scx.keys import Label, Scope, Secret, SessionKeys, permutations
 from tests import models
 
 ROOT = hashlib.sha256(b"a planted root key").digest()
@@ -30,20 +30,26 @@ class secrets:
     token_bytes = staticmethod(lambda count: bytes([0x17]) * count)
 sessions.secrets = secrets
 from engine import LLM, SamplingParams
-with LLM(sys.argv[1], dtype="float32", kv_pool_bytes=8 << 20, max_num_seqs=2, scx_layers="all", scx_scheme="mix",
-         scx_page_seal=True, scx_key_file=sys.argv[2], scx_debug=True) as llm:
+with LLM(sys.argv[1], dtype="float32", kv_pool_bytes=8 << 20, max_num_seqs=2, scx_layers="all", scx_scheme=sys.argv[3],
+         scx_segment_tokens=int(sys.argv[4]) or None, scx_page_seal=True, scx_key_file=sys.argv[2],
+         scx_debug=True) as llm:
     runner = llm.engine.executor.runner
     llm.generate([[5] * 40], SamplingParams(temperature=0.0, max_tokens=4), use_tqdm=False)
     assert list(runner.scx.scx.secure._sessions) == [0], "the request's session ends with the next step"
-    for thing in (runner, runner.scx, runner.scx.scx, runner.scx.scx.secure, runner.scx.scx.secure._sessions,
-                  runner.scx.scx.config, llm.config):
+    secure = runner.scx.scx.secure
+    session = secure._sessions[0]
+    assert len(session.segments) == (0 if not secure.config.segment_tokens else 3)
+    for thing in (runner, runner.scx, runner.scx.scx, secure, secure._sessions, session, secure._tables,
+                  session.segments, runner.scx.scx.config, llm.config):
         logging.getLogger("engine").debug("%s %r", thing, thing)
     try:
         runner.scx.scx.secure.open(0, bytes([0x17]) * 16)
     except Exception:
         logging.getLogger("engine").exception("as expected")
     if "control" in sys.argv:
-        print(runner.scx.scx.secure._sessions[0].keys._secret.data, file=sys.stderr)
+        print(session.keys._secret.data, file=sys.stderr)
+        if session.segments:
+            print(*map(tuple, session.segments), file=sys.stderr)
     print(runner.scx.scx.secure._scope.model.hex())
     print("ready", flush=True)
     sys.stdin.readline()
@@ -68,9 +74,26 @@ def derived(model: bytes) -> list[bytes]:
     return [ROOT, bytes(keys._secret.data), *streams]
 
 
-def run_child(folder: Path, key_file: Path, *more: str, extra: dict[str, str] | None = None) -> dict[str, bytes]:
+def orders(model: bytes, segments: int) -> list[bytes]:
+    """The first entries of permutations of `perm` with segments, as text without blanks shows them."""
+    keys = SessionKeys(Secret(bytearray(ROOT)), NONCE, Scope(model, "perm"))
+    shape = [Label(layer, head, segment) for layer in (0, 1) for head in (0, 1) for segment in range(segments)]
+    drawn = [order for purpose in ("qk", "v") for order in permutations(keys, purpose, shape, 16)]
+    return [",".join(map(str, order[:8].tolist())).encode() for order in drawn]
+
+
+def orders_in(told: bytes, model: bytes, segments: int = 3) -> int:
+    """How many of the permutations' texts are in there."""
+    bare = b"".join(told.split())
+    return sum(order in bare for order in orders(model, segments))
+
+
+def run_child(
+    folder: Path, key_file: Path, *more: str, extra: dict[str, str] | None = None, scheme: str = "mix",
+    segments: int = 0,
+) -> dict[str, bytes]:  # fmt: skip
     """What the child wrote ("log") and what /proc tells of it while it runs; "model" is the model's identity."""
-    command = [sys.executable, "-c", CHILD, str(folder), str(key_file), *more]
+    command = [sys.executable, "-c", CHILD, str(folder), str(key_file), scheme, str(segments), *more]
     child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                              env={**os.environ, **(extra or {})})  # fmt: skip
     assert child.stdout is not None
@@ -113,3 +136,12 @@ def test_the_search_finds_planted_leaks(planted: tuple[Path, Path]) -> None:
     assert found_in(told["cmdline"], told["model"]) == found_in(told["environ"], told["model"]) == [ROOT]
     for form in forms(session):
         assert found_in(b"before" + form + b"after", told["model"]) == [session], form
+
+
+def test_maps_of_segments_leave_no_trace(planted: tuple[Path, Path]) -> None:
+    """The permutations of every segment, in no text form of the sessions that hold them; the control prints them."""
+    told = run_child(*planted, scheme="perm", segments=16)
+    assert b"LocalSecureSide" in told["log"] or b"SegmentedSide" in told["log"]
+    assert not orders_in(told["log"], told["model"])
+    leaky = run_child(*planted, "control", scheme="perm", segments=16)
+    assert orders_in(leaky["log"], leaky["model"]) == len(orders(leaky["model"], 3))

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 
+from engine.core.errors import InvariantError
 from engine.core.plan import Admission, Chunk, StepPlan
 from engine.core.request import SamplingParams
 from engine.parts.rope import rope_table
 from engine.runner.batch import Batch, Row, pack
 from engine.scx.config import ScxConfig
 from engine.scx.errors import LayerNotEncoded, OutOfOrder, ScxError, ShapeMismatch, UnknownSession
-from engine.scx.keys import Secret
-from engine.scx.open import open_scx
-from engine.scx.secure import LocalSecureSide
+from engine.scx.keys import Secret, SessionKeys
+from engine.scx.open import OF_SCHEME, open_scx
+from engine.scx.schemes import map_bytes, schemes
+from engine.scx.secure import HeadShape, LocalSecureSide, indexed
+from engine.scx.segments import SegmentedSide
 from engine.scx.sessions import Sessions
 from scripts.scx_exactness import GROUPS, HEADS, spec_of
 
@@ -140,6 +144,68 @@ def test_closing_clears_the_tables(scheme: str) -> None:
         secure.open(0, b"c" * 16)
 
 
+@pytest.mark.parametrize("failing", [1, 2])
+def test_an_open_that_fails_leaves_nothing(failing: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error in the first layer's maps or in the second's: no key, no half-filled table, and the slot is free."""
+    secure, made, held = side(), [], []
+    maps = type(secure.scheme).maps
+
+    def failing_maps(self: Any, keys: SessionKeys, *more: Any) -> Any:
+        made.append(1)
+        held.append(keys)
+        if len(made) == failing:
+            raise MemoryError("planted")
+        return maps(self, keys, *more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(secure.scheme), "maps", failing_maps)
+        with pytest.raises(MemoryError, match="planted"):
+            secure.open(2, b"a" * 16)
+    assert not any(table.any() for maps in secure._tables for table in maps)
+    with pytest.raises(InvariantError, match="cleared"):
+        _ = held[0]._secret.data
+    refused(UnknownSession, "slot 2 has no open session", lambda: turn_encode(secure, 0, batch_of((2, 0, 4))))
+    secure.open(2, b"b" * 16)
+    turn_encode(secure, 0, batch_of((2, 0, 4)))
+
+
+def test_no_text_form_shows_maps() -> None:
+    """Sessions with segments, their maps, sealed blocks' orders: none shows a number."""
+    secure = side(segment_tokens=4, seal_tokens=2)
+    secure.open(0, b"a" * 16)
+    batch = batch_of((0, 0, 9))
+    secure.encode(0, rows(batch), batch)
+    session = secure._sessions[0]
+    for thing in (session, secure._sessions, session.segments, secure.seal(0, batch), side()._tables):
+        assert "tensor" not in repr(thing) and "[[" not in repr(thing), type(thing)
+
+
+def test_copies_of_segments_are_cleared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step's selection of maps is a copy: it is zeros after encode and after decode, and the session's are whole."""
+    secure, copies = side(segment_tokens=4), []
+    maps_of = SegmentedSide._maps_of
+    monkeypatch.setattr(SegmentedSide, "_maps_of", lambda *more: copies.append(maps_of(*more)) or copies[-1])
+    secure.open(0, b"a" * 16)
+    batch = batch_of((0, 0, 9))
+    secure.encode(0, rows(batch), batch)
+    secure.decode(0, torch.ones(9 + 5 + 1, HEADS * (DIM + 1)), batch)  # queries that see each segment
+    assert len(copies) == 2 and not any(table.any() for maps in copies for table in maps)
+    assert all(table.any() for maps in secure._sessions[0].segments for table in maps)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_maps_take_what_the_formula_says(scheme: str) -> None:
+    """map_bytes() counts the tables of a slot, and what a segment adds; queries and keys share one where alike."""
+    secure, segmented = side(scheme=scheme), side(scheme="mix", segment_tokens=4)
+    distinct = {table.data_ptr(): table.nbytes for maps in secure._tables for table in maps}
+    assert sum(distinct.values()) == 4 * map_bytes(scheme, 2, GROUPS, DIM)
+    assert len(distinct) == 2 * (4 if scheme == "mix" else 3)
+    segmented.open(0, b"a" * 16)
+    turn_encode(segmented, 0, batch_of((0, 0, 12)))
+    kept = [table.nbytes for maps in segmented._sessions[0].segments for table in maps]
+    assert sum(kept) == 3 * map_bytes("mix", 2, GROUPS, DIM)
+
+
 def test_closing_clears_segments() -> None:
     """Maps of segments, too."""
     secure = side(segment_tokens=4)
@@ -181,6 +247,21 @@ def test_the_same_prompt_twice_is_not_the_same_rows(scheme: str) -> None:
         assert torch.equal(shared[:6], shared[6:])
 
 
+@pytest.mark.parametrize(("scheme", "said"), [
+    ("perm", "permutation mode is reversible from a single snapshot"),
+    ("perm-static", "one map for all requests and heads: for comparison only"),
+    ("perm-static", "permutation mode is reversible from a single snapshot"),
+    ("rotate", "rotation mode is reversible from norms"), ("mix", "lengths under mix still name some tokens"),
+])  # fmt: skip
+def test_the_log_says_what_a_scheme_does_not_hide(scheme: str, said: str, caplog: pytest.LogCaptureFixture) -> None:
+    """At start, as a warning: the limits of every scheme, then those of this one; debugging lines only when asked."""
+    side(scheme=scheme)
+    assert said in caplog.text and "It is not encryption" in caplog.text
+    assert "public weights" in caplog.text and "no malicious compute node" in caplog.text
+    assert "no isolation" in caplog.text and "SCX DEBUG" not in caplog.text
+    assert set(OF_SCHEME) == set(schemes.names())
+
+
 def test_sessions_follow_plans() -> None:
     """Opened at admission, closed at release, preemption and refusal; a new epoch has another key."""
     secure = side()
@@ -203,3 +284,13 @@ def test_sessions_follow_plans() -> None:
     assert sorted(secure._sessions) == [2] and sessions.namespaces[7] != first
     sessions.shut()
     assert not secure._sessions
+
+
+def test_a_device_has_one_name() -> None:
+    """cuda and cuda:0 are one: taken for two, rows would cross between them and lose the kernel that stores them."""
+    assert indexed(torch.device("cuda")) == torch.device("cuda:0") == indexed(torch.device("cuda:0"))
+    assert indexed(torch.device("cpu")) == torch.device("cpu") and indexed(torch.device("cuda:1")).index == 1
+    rope = torch.zeros(TOKENS, 2, DIM // 2)
+    made = LocalSecureSide(ScxConfig((0,)), HeadShape(HEADS, GROUPS, DIM, 1, TOKENS), rope, Secret(bytearray(32)), b"",
+                           torch.device("cuda"))  # fmt: skip
+    assert made.compute == torch.device("cuda:0")

@@ -274,6 +274,8 @@ def test_handshakes_that_are_refused(place: tuple[str, Worker], tmp_path: Path) 
         (fields | {"dtype": "float8"}, "geometry"), (fields | {"more": 1}, "geometry"),
         (fields | {"head_dim": 4096, "step_tokens": (1 << 31) - 1}, "geometry"),
         (fields | {"head_dim": 4096, "slots": 8192, "scheme": "mix"}, "--limit-bytes"), ([], "geometry"),
+        (fields | {"head_dim": 1024, "max_tokens": 4096, "step_tokens": 1, "segment_tokens": 1, "scheme": "mix"},
+         "maps of segments of a request"),
     ]  # fmt: skip
     for what, said in wrong:
         with Engine(place[0]) as engine:
