@@ -46,6 +46,7 @@ def draw_bits(axes: Any, result: dict[str, Any]) -> None:
         spread = [[score["value"] - score["low"]], [score["high"] - score["value"]]]
         axes.bar(place, score["value"], color=colour, yerr=spread, capsize=3)
         axes.text(place, score["high"] + 0.02, f"{score['value']:.3f}", ha="center", fontsize=8)
+    axes.margins(y=0.15)
     axes.set_xticks(range(len(MODELS)), [name.replace(", ", ",\n") for name in MODELS], fontsize=8)
     axes.set_title("bits per byte, held out (less is better)", fontsize=10)
 
