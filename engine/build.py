@@ -407,9 +407,18 @@ def prepare_gpu(
     return pool_groups
 
 
-def build_engine(config: EngineConfig, *, kernels: str = "auto", progress: Progress | None = None) -> EngineLoop:
-    """An engine in this process, ready to step. Raises ConfigError (LoadError) with value, range and fix."""
-    resolved, spec, pool_groups = resolve(config)
+def build_engine(
+    config: EngineConfig,
+    *,
+    kernels: str = "auto",
+    progress: Progress | None = None,
+    resolution: tuple[EngineConfig, ModelSpec, int] | None = None,
+) -> EngineLoop:
+    """An engine in this process, ready to step. Raises ConfigError (LoadError) with value, range and fix.
+
+    resolution: what resolve(config) said, for a caller that must know it too (free memory differs a moment later).
+    """
+    resolved, spec, pool_groups = resolution or resolve(config)
     runner = build_runner(spec, resolved, pool_groups, kernels=kernels, progress=progress)
     geometry = runner.store.geometry
     if resolved.device == "cuda":

@@ -313,11 +313,12 @@ def build_real(config: EngineConfig, report: Report) -> Built:
         if done == total or done % 16 == 0:
             report(f"loading weights: {done} of {total} tensors")
 
-    resolved, spec, pool_groups = resolve(config)
+    resolution = resolve(config)
+    resolved, spec, _ = resolution
     assert resolved.max_model_len is not None
     geometry = geometry_of(spec, resolved, getattr(torch, resolved.dtype))
-    # Resolved once: what the machine has free may differ a moment later.
-    loop = build_engine(dataclasses.replace(resolved, kv_pool_bytes=None, kv_pool_groups=pool_groups), progress=count)
+    loop = build_engine(config, progress=count, resolution=resolution)
+    pool_groups = loop.scheduler.ledger.total_groups  # a derived pool may have become smaller while it was built
     watched = WatchedExecutor(loop.executor)
     loop.executor = watched
     length = resolved.max_model_len

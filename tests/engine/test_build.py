@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from engine.build import build_engine, within_mappings
 from engine.core.config import EngineConfig
 from engine.core.errors import ConfigError, LoadError
+from engine.serve.engine_process import build_real
 from tests import models
 
 
@@ -60,3 +63,13 @@ def test_an_unknown_architecture_is_named(tmp_path: object) -> None:
     config.write_text(config.read_text().replace("LlamaForCausalLM", "MambaForCausalLM"))
     with pytest.raises(LoadError, match=r"MambaForCausalLM.*LlamaForCausalLM, .*Qwen2ForCausalLM"):
         build_engine(EngineConfig(model=str(folder)))
+
+
+def test_the_engine_process_lowers_a_derived_pool_too(tmp_path: Path) -> None:
+    """It resolves the configuration before it builds; the pool must not count as asked for because of that."""
+    folder = models.tiny_llama_dir(tmp_path, 1)
+    built = build_real(EngineConfig(model=str(folder), kv_page_bytes=16384, max_num_seqs=2), lambda text: None)
+    try:
+        assert built.facts.pool_groups == built.loop.scheduler.ledger.total_groups < 65_530 // 2
+    finally:
+        built.loop.close()
