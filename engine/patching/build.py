@@ -152,7 +152,7 @@ def _streams(options: Options, base: _Base, work: Path) -> dict[str, TokenStream
     keep = options.kind != "patch"
     split = None
     if not options.held_out and options.held_out_fraction > 0:
-        split = (work / "held_out", every_nth(options.held_out_fraction))
+        split = (work / "held_out", every_nth(options.held_out_fraction, "build"))
     found: dict[str, TokenStream] = {}
     domains = {"corpus": options.corpus, **({"held_out": options.held_out} if options.held_out else {}), **options.ood}
     for number, (name, files) in enumerate(domains.items()):

@@ -340,11 +340,15 @@ def _batches(texts: Iterable[str], writer: StreamWriter, seen: Deduplicator | No
         yield batch
 
 
-def every_nth(fraction: float) -> Callable[[str], bool]:
-    """A rule that sets about `fraction` of the documents aside, by a hash of the text: the same on every machine."""
+def every_nth(fraction: float, purpose: str = "") -> Callable[[str], bool]:
+    """A rule that sets about `fraction` of the documents aside, by a hash of the text: the same on every machine.
+
+    Rules of different purposes are independent; of one purpose, those of a smaller fraction are among a larger one's.
+    """
     limit = int(fraction * (1 << 32))
 
     def aside(text: str) -> bool:
-        return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "big") < limit
+        digest = hashlib.blake2b(text.encode(), digest_size=4, person=purpose.encode()).digest()
+        return int.from_bytes(digest, "big") < limit
 
     return aside

@@ -317,3 +317,12 @@ def test_bad_inputs_are_named(base: Path, corpus: Path, tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match=r"allowed|not one of|is taken"):
             options(base, corpus, **wrong)
     assert not (tmp_path / "out").exists()
+
+
+def test_what_was_split_by_one_rule_is_split_by_another() -> None:
+    """A corpus of which one tenth was set aside before (scripts.corpora) still gives its twentieth to the report."""
+    texts = [f"document {index}" for index in range(4000)]
+    before, here = every_nth(0.1), every_nth(0.05, "build")
+    left = [text for text in texts if not before(text)]
+    assert 0.03 < sum(map(here, left)) / len(left) < 0.07
+    assert not any(map(every_nth(0.05), left))
