@@ -8,6 +8,9 @@ Work is cut evenly: all (sequence, kv head, tile of keys) units stand in one lin
 stretch of it, whatever the lengths. A stretch that covers only part of a (sequence, head) leaves its sums in a
 workspace; whoever of its programs is last adds them up (split-KV as in Flash-Decoding, stretches as in Stream-K,
 Osama et al. 2023, arXiv:2301.03598).
+
+The line is written once a step (`line_up`) and read by every layer: what a unit is follows from its number alone, so
+the tiles of the next sequence are on their way while those of this one are multiplied, and no layer searches again.
 """
 
 from __future__ import annotations
@@ -23,10 +26,10 @@ from tessera_kernels.attention_slots import attention_reference
 from tessera_kernels.checks import require, require_ints
 from tessera_kernels.triton_support import (
     LOG2_E,
-    Slab,
     early,
     gdc_launch,
     gdc_wait,
+    join_threads,
     power_of_two,
     precision,
     require_float,
@@ -55,32 +58,45 @@ class DecodeConfig:
 
 @dataclass(slots=True)
 class DecodeWorkspace:
-    """Where partial sums wait: one per engine, shared by its layers, as they run one after the other.
+    """What a step's launches share, and where partial sums wait: one per engine and window, as its layers run one
+    after the other.
 
     partial (2P, H/G, D), stats (2P, 2, H/G) fp32; arrived (most sequences * G,) int32, all zero between launches.
+    line (most units, 4) int32: slot, sequence * G + kv head, first row and kv_len of each unit; extent (2,) int32: how
+    many units and programs this step has. window: keys a query sees, all when 0.
     """
 
     partial: torch.Tensor
     stats: torch.Tensor
     arrived: torch.Tensor
+    line: torch.Tensor
+    extent: torch.Tensor
     programs: int
+    kv_heads: int
+    window: int
     config: DecodeConfig
 
     @classmethod
     def make(
-        cls, q: torch.Tensor, heads: int, kv_heads: int, dim: int, max_sequences: int,
-        config: DecodeConfig | None = None,
+        cls, q: torch.Tensor, heads: int, kv_heads: int, dim: int, max_sequences: int, max_tokens: int,
+        config: DecodeConfig | None = None, window: int = 0,
     ) -> DecodeWorkspace:  # fmt: skip
-        """A workspace on q's device for batches of up to max_sequences."""
+        """A workspace on q's device for batches of up to max_sequences, each of up to max_tokens."""
         config = config or measured_config(q, dim)
         programs = sms_of(q) * config.programs_per_sm
         ratio = heads // kv_heads
-        floats = {"dtype": torch.float32, "device": q.device}
+        floats, ints = ({"dtype": dtype, "device": q.device} for dtype in (torch.float32, torch.int32))
+        seen = min(max_tokens, window + config.keys) if window else max_tokens
+        units = max_sequences * kv_heads * triton.cdiv(seen, config.keys)
         return cls(
             partial=torch.empty((2 * programs, ratio, dim), **floats),
             stats=torch.empty((2 * programs, 2, ratio), **floats),
-            arrived=torch.zeros(max_sequences * kv_heads, dtype=torch.int32, device=q.device),
+            arrived=torch.zeros(max_sequences * kv_heads, **ints),
+            line=torch.empty((units, 4), **ints),
+            extent=torch.zeros(2, **ints),
             programs=programs,
+            kv_heads=kv_heads,
+            window=window,
             config=config,
         )
 
@@ -149,169 +165,188 @@ def _combine(partial, stats, out_rows, first_unit, last_unit, total, programs,
              mask=(r < RATIO)[:, None] & (d < DIM)[None, :])  # fmt: skip
 
 
-@triton.jit
-def decode_program(
-    pid, q, k, v, out, partial, stats, arrived, slots, kv_lens, table, batch, programs, window, qk_scale,
-    slot_stride, token_stride, head_stride, table_stride,
-    BATCH: tl.constexpr, GROUPS: tl.constexpr, RATIO: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, BLOCK_R: tl.constexpr, PARTS: tl.constexpr,
-    MIN_UNITS: tl.constexpr, PAGE: tl.constexpr, PRECISION: tl.constexpr,
+@triton.jit(do_not_specialize=["batch", "programs", "window", "slots", "kv_lens"])
+def _line_kernel(
+    line, extent, slots, kv_lens, batch, programs, window, BATCH: tl.constexpr, GROUPS: tl.constexpr,
+    BLOCK_N: tl.constexpr, MIN_UNITS: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
-    """Program `pid` of `programs`: its stretch of the line. PAGE: tokens of a block of `table`; 0 for slabs."""
     sequence = tl.arange(0, BATCH)
     lens = tl.load(kv_lens + sequence, mask=sequence < batch, other=0)
     _, tiles_of_sequence = _tiles_of(lens, window, BLOCK_N)
-    units = tiles_of_sequence * GROUPS
-    ends = tl.cumsum(units, 0)
-    total = tl.sum(units, 0)
-    # fewer programs for little work; every program computes the same number
-    programs = tl.minimum(programs, tl.maximum(total // MIN_UNITS, 1))
-    if (pid < programs) & (total > 0):
-        first_of_stretch = _begin(pid, total, programs)
-        last_of_stretch = _begin(pid + 1, total, programs)
-        unit = first_of_stretch
-        d = tl.arange(0, BLOCK_D)
-        m_row = tl.arange(0, BLOCK_M)
-        n_row = tl.arange(0, BLOCK_N)
-        real = (m_row < RATIO)[:, None] & (d < DIM)[None, :]  # (BLOCK_M, BLOCK_D)
-        while unit < last_of_stretch:
-            b = tl.sum((ends <= unit).to(tl.int32), 0)
-            begin = tl.max(tl.where(ends <= unit, ends, 0), 0)
-            kv_len = tl.load(kv_lens + b)
-            first_tile, tiles = _tiles_of(kv_len, window, BLOCK_N)
-            group = (unit - begin) // tiles
-            tile = (unit - begin) % tiles
-            count = tl.minimum(tiles - tile, last_of_stretch - unit)
-            slot = tl.load(slots + b).to(tl.int64)
-            base = (slot * slot_stride if PAGE == 0 else slot * 0) + group * head_stride
-            q_row = (b * GROUPS + group) * RATIO + m_row
-            q_tile = tl.load(q + q_row[:, None] * DIM + d[None, :], mask=real, other=0.0)
+    ends = tl.cumsum(tiles_of_sequence * GROUPS, 0)
+    total = tl.max(ends, 0)
+    pid = tl.program_id(0)
+    if pid == 0:
+        tl.store(extent, total)
+        # fewer programs for little work
+        tl.store(extent + 1, tl.minimum(programs, tl.maximum(total // MIN_UNITS, 1)))
+    last = _begin(pid + 1, total, tl.num_programs(0))
+    for first in range(_begin(pid, total, tl.num_programs(0)), last, AT_ONCE):
+        unit = first + tl.arange(0, AT_ONCE)
+        here = unit < last
+        before = ends[None, :] <= unit[:, None]  # (AT_ONCE, BATCH)
+        b = tl.where(here, tl.sum(before.to(tl.int32), 1), 0)
+        begin = tl.max(tl.where(before, ends[None, :], 0), 1)
+        kv_len = tl.load(kv_lens + b)
+        first_tile, tiles = _tiles_of(kv_len, window, BLOCK_N)
+        tiles = tl.maximum(tiles, 1)
+        at = line + unit * 4
+        tl.store(at, tl.load(slots + b), mask=here)
+        tl.store(at + 1, b * GROUPS + (unit - begin) // tiles, mask=here)
+        tl.store(at + 2, (first_tile + (unit - begin) % tiles) * BLOCK_N, mask=here)
+        tl.store(at + 3, kv_len, mask=here)
 
-            top = tl.full((BLOCK_M,), -float("inf"), tl.float32)
-            norm = tl.zeros((BLOCK_M,), tl.float32)
-            acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-            for step in tl.range(first_tile + tile, first_tile + tile + count, num_stages=STAGES):
-                row = step * BLOCK_N + n_row
-                # the last real row stands in for rows past the end: never an address beyond kv_len
-                safe = tl.minimum(row, kv_len - 1)
-                if PAGE == 0:
-                    at = base + safe.to(tl.int64) * token_stride
-                else:
-                    block = tl.load(table + slot * table_stride + safe // PAGE).to(tl.int64)
-                    at = base + block * slot_stride + (safe % PAGE).to(tl.int64) * token_stride
-                if DIM == BLOCK_D:
-                    k_tile = tl.load(k + at[:, None] + d[None, :])
-                else:
-                    k_tile = tl.load(k + at[:, None] + d[None, :], mask=(d < DIM)[None, :], other=0.0)
-                scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * qk_scale  # (BLOCK_M, BLOCK_N)
-                seen = (row < kv_len) & ((window <= 0) | (row >= kv_len - window))
-                scores = tl.where(seen[None, :], scores, -float("inf"))
-                new_top = tl.maximum(top, tl.max(scores, 1))  # finite: every tile holds a key that is seen
-                weight = tl.exp2(scores - new_top[:, None])
-                keep = tl.exp2(top - new_top)
-                norm = norm * keep + tl.sum(weight, 1)
-                acc = acc * keep[:, None]
-                if DIM == BLOCK_D:
-                    v_tile = tl.load(v + at[:, None] + d[None, :])
-                else:
-                    v_tile = tl.load(v + at[:, None] + d[None, :], mask=(d < DIM)[None, :], other=0.0)
-                acc = tl.dot(weight.to(v_tile.dtype), v_tile, acc, input_precision=PRECISION)
-                top = new_top
 
-            if count == tiles:
-                value = acc / norm[:, None]
-                tl.store(out + q_row[:, None] * DIM + d[None, :], value.to(out.dtype.element_ty), mask=real)
-            else:
-                index = (2 * pid + (unit != first_of_stretch).to(tl.int32)).to(tl.int64)
-                tl.store(partial + (index * RATIO + m_row[:, None]) * DIM + d[None, :], acc, mask=real)
-                tl.store(stats + (index * 2) * RATIO + m_row, top, mask=m_row < RATIO)
-                tl.store(stats + (index * 2 + 1) * RATIO + m_row, norm, mask=m_row < RATIO)
-                first_unit = begin + group * tiles
-                last_unit = first_unit + tiles - 1
-                parts = _owner(last_unit, total, programs) - _owner(first_unit, total, programs) + 1
-                tl.debug_barrier()  # all of this program's stores come before its arrival
-                before = tl.atomic_add(arrived + b * GROUPS + group, 1, sem="acq_rel")
-                if before == parts - 1:
-                    tl.debug_barrier()
-                    out_rows = out + (b * GROUPS + group) * RATIO * DIM
-                    _combine(partial, stats, out_rows, first_unit, last_unit, total, programs, RATIO, DIM, BLOCK_R,
-                             BLOCK_D, PARTS)  # fmt: skip
-                    tl.store(arrived + b * GROUPS + group, 0)
-            unit += count
+@triton.jit
+def _unit(line, unit, end):
+    """(slot, sequence * G + kv head, first row, kv_len) of a unit below `end`."""
+    at = line + unit * 4
+    here = unit < end
+    return (tl.load(at, mask=here, other=0), tl.load(at + 1, mask=here, other=0), tl.load(at + 2, mask=here, other=0),
+            tl.load(at + 3, mask=here, other=1))  # fmt: skip
 
 
 # numbers that change from step to step must not choose another binary
-@triton.jit(do_not_specialize=["batch", "programs", "window", "slots", "kv_lens", "table"])
+@triton.jit(do_not_specialize=["window", "line", "extent", "table"])
 def _decode_kernel(
-    q, k, v, out, partial, stats, arrived, slots, kv_lens, table, batch, programs, window, qk_scale,
-    slot_stride, token_stride, head_stride, table_stride,
-    BATCH: tl.constexpr, GROUPS: tl.constexpr, RATIO: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, BLOCK_R: tl.constexpr, PARTS: tl.constexpr,
-    MIN_UNITS: tl.constexpr, PAGE: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+    q, k, v, out, partial, stats, arrived, line, extent, table, window, qk_scale, slot_stride, token_stride,
+    head_stride, table_stride, RATIO: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, GROUPS: tl.constexpr, STAGES: tl.constexpr, BLOCK_R: tl.constexpr, PARTS: tl.constexpr,
+    PAGE: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    """Program `pid` of `programs`: its stretch of the line. PAGE: tokens of a block of `table`; 0 for slabs."""
     if PDL:
         gdc_wait()
         gdc_launch()
-    decode_program(tl.program_id(0), q, k, v, out, partial, stats, arrived, slots, kv_lens, table, batch, programs,
-                   window, qk_scale, slot_stride, token_stride, head_stride, table_stride, BATCH, GROUPS, RATIO, DIM,
-                   BLOCK_D, BLOCK_M, BLOCK_N, STAGES, BLOCK_R, PARTS, MIN_UNITS, PAGE, PRECISION)  # fmt: skip
+    pid = tl.program_id(0)
+    total = tl.load(extent)
+    programs = tl.load(extent + 1)
+    first_of_stretch = _begin(pid, total, programs)
+    last_of_stretch = tl.where(pid < programs, _begin(pid + 1, total, programs), first_of_stretch)
+    d = tl.arange(0, BLOCK_D)
+    m_row = tl.arange(0, BLOCK_M)
+    n_row = tl.arange(0, BLOCK_N)
+    real = (m_row < RATIO)[:, None] & (d < DIM)[None, :]  # (BLOCK_M, BLOCK_D)
+    top = tl.full((BLOCK_M,), -float("inf"), tl.float32)
+    norm = tl.zeros((BLOCK_M,), tl.float32)
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    next_slot, next_head, next_row, next_len = _unit(line, first_of_stretch, last_of_stretch)
+    for unit in tl.range(first_of_stretch, last_of_stretch, num_stages=STAGES):
+        # numbers are read one turn ahead, so that no address waits for them
+        slot, head, first_row, kv_len = next_slot.to(tl.int64), next_head, next_row, next_len
+        next_slot, next_head, next_row, next_len = _unit(line, unit + 1, last_of_stretch)
+        base = (slot * slot_stride if PAGE == 0 else slot * 0) + (head % GROUPS) * head_stride
+        row = first_row + n_row
+        # the last real row stands in for rows past the end: never an address beyond kv_len
+        safe = tl.minimum(row, kv_len - 1)
+        if PAGE == 0:
+            at = base + safe.to(tl.int64) * token_stride
+        else:
+            block = tl.load(table + slot * table_stride + safe // PAGE).to(tl.int64)
+            at = base + block * slot_stride + (safe % PAGE).to(tl.int64) * token_stride
+        q_row = head * RATIO + m_row
+        q_tile = tl.load(q + q_row[:, None] * DIM + d[None, :], mask=real, other=0.0)
+        if DIM == BLOCK_D:
+            k_tile = tl.load(k + at[:, None] + d[None, :])
+            v_tile = tl.load(v + at[:, None] + d[None, :])
+        else:
+            k_tile = tl.load(k + at[:, None] + d[None, :], mask=(d < DIM)[None, :], other=0.0)
+            v_tile = tl.load(v + at[:, None] + d[None, :], mask=(d < DIM)[None, :], other=0.0)
+        first_tile, tiles = _tiles_of(kv_len, window, BLOCK_N)
+        first_unit = unit - (first_row // BLOCK_N - first_tile)
+        # a new (sequence, head): what was summed so far is weighed with 0
+        top = tl.where((unit == first_of_stretch) | (unit == first_unit), -float("inf"), top)
+        scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * qk_scale  # (BLOCK_M, BLOCK_N)
+        seen = (row < kv_len) & ((window <= 0) | (row >= kv_len - window))
+        scores = tl.where(seen[None, :], scores, -float("inf"))
+        new_top = tl.maximum(top, tl.max(scores, 1))  # finite: every tile holds a key that is seen
+        weight = tl.exp2(scores - new_top[:, None])
+        keep = tl.exp2(top - new_top)
+        norm = norm * keep + tl.sum(weight, 1)
+        acc = acc * keep[:, None]
+        acc = tl.dot(weight.to(v_tile.dtype), v_tile, acc, input_precision=PRECISION)
+        top = new_top
+        last_unit = first_unit + tiles - 1
+        if (unit == last_unit) | (unit + 1 == last_of_stretch):
+            if (first_unit >= first_of_stretch) & (unit == last_unit):
+                value = acc / norm[:, None]
+                tl.store(out + q_row[:, None] * DIM + d[None, :], value.to(out.dtype.element_ty), mask=real)
+            else:
+                index = (2 * pid + (first_unit > first_of_stretch).to(tl.int32)).to(tl.int64)
+                tl.store(partial + (index * RATIO + m_row[:, None]) * DIM + d[None, :], acc, mask=real)
+                tl.store(stats + (index * 2) * RATIO + m_row, top, mask=m_row < RATIO)
+                tl.store(stats + (index * 2 + 1) * RATIO + m_row, norm, mask=m_row < RATIO)
+                parts = _owner(last_unit, total, programs) - _owner(first_unit, total, programs) + 1
+                join_threads()  # all of this program's stores come before its arrival
+                before = tl.atomic_add(arrived + head, 1, sem="acq_rel")
+                if before == parts - 1:
+                    join_threads()
+                    _combine(partial, stats, out + head * RATIO * DIM, first_unit, last_unit, total, programs, RATIO,
+                             DIM, BLOCK_R, BLOCK_D, PARTS)  # fmt: skip
+                    tl.store(arrived + head, 0)
 
 
-def decode_constants(slab: Slab, ratio: int, config: DecodeConfig) -> dict[str, int]:
-    """The kernel's constants that heads and setting decide."""
-    return {
-        "GROUPS": slab.kv_heads, "RATIO": ratio, "DIM": slab.dim, "BLOCK_D": max(16, power_of_two(slab.dim)),
-        "BLOCK_M": max(config.rows, power_of_two(ratio)), "BLOCK_N": config.keys, "STAGES": config.stages,
-        "BLOCK_R": power_of_two(ratio), "PARTS": max(2, 4096 // power_of_two(ratio * slab.dim)),
-        "MIN_UNITS": MIN_TILES,
-    }  # fmt: skip
+def line_up(slots: torch.Tensor, kv_lens: torch.Tensor, workspace: DecodeWorkspace) -> None:
+    """Writes the line of a step into its workspace, for every layer of the step.
+
+    slots, kv_lens (B,) int32 on the device. A sequence of length 0 is left out: its rows of the output are not written.
+    Raises ValueError for more sequences than the workspace has counters for; slots and lengths are trusted, as reading
+    them would wait for the device.
+    """
+    batch, groups, config = slots.shape[0], workspace.kv_heads, workspace.config
+    require_ints("slots", slots, batch)
+    require_ints("kv_lens", kv_lens, batch)
+    require(workspace.arrived.shape[0] >= batch * groups, "the workspace was made for %d counters; want at least %d",
+            workspace.arrived.shape[0], batch * groups)  # fmt: skip
+    if batch:
+        room = room_for(batch)
+        _line_kernel[(min(sms_of(slots), 128),)](
+            workspace.line, workspace.extent, slots, kv_lens, batch, workspace.programs, workspace.window,
+            BATCH=room, GROUPS=groups, BLOCK_N=config.keys, MIN_UNITS=MIN_TILES, AT_ONCE=max(2, min(64, 8192 // room)),
+            num_warps=4,
+        )  # fmt: skip
 
 
 def attention_decode(
     q: torch.Tensor,
     k_view: torch.Tensor,
     v_view: torch.Tensor,
-    slots: torch.Tensor,
-    kv_lens: torch.Tensor,
     scale: float,
     workspace: DecodeWorkspace,
-    window: int = 0,
     out: torch.Tensor | None = None,
     pdl: bool = False,
     table: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """softmax(scale * q k^T) v of one query a sequence -> (B, H * D).
+    """softmax(scale * q k^T) v of one query a sequence -> (B, H * D), for the sequences that line_up() was told of.
 
-    q (B, H, D) contiguous; k_view, v_view (S, C, G, D); slots, kv_lens (B,) int32 on the device. The query of sequence
-    b sits at kv_lens[b] - 1 and sees its last `window` keys (all when 0). A sequence of length 0 is left out: its rows
-    of the output are not written. table (S, M) int32: k_view and v_view are blocks (blocks, T, G, D), and block m of a
-    slot holds its tokens m * T and on. Raises ValueError for a wrong shape, dtype or stride; slots and lengths are
-    trusted, as reading them would wait for the device.
+    q (B, H, D) contiguous; k_view, v_view (S, C, G, D). The query of sequence b sits at kv_lens[b] - 1 and sees its
+    last workspace.window keys (all when 0). table (S, M) int32: k_view and v_view are blocks (blocks, T, G, D), and block m
+    of a slot holds its tokens m * T and on. Raises ValueError for a wrong shape, dtype or stride.
     """
     require_float("q", q)
     slab = slab_of(k_view, v_view, q.dtype)
-    batch = slots.shape[0]
-    require(q.dim() == 3 and q.shape[0] == batch and q.shape[2] == slab.dim and q.is_contiguous()
-            and q.shape[1] % slab.kv_heads == 0,
-            "q is %s with strides %s; want (%d, H, %d) contiguous, H a multiple of %d", tuple(q.shape), q.stride(),
-            batch, slab.dim, slab.kv_heads)  # fmt: skip
-    require_ints("slots", slots, batch)
-    require_ints("kv_lens", kv_lens, batch)
-    require(window >= 0, "window=%d is negative; 0 means no window", window)
-    heads, ratio, config = q.shape[1], q.shape[1] // slab.kv_heads, workspace.config
-    require(workspace.arrived.shape[0] >= batch * slab.kv_heads and workspace.partial.shape[1:] == (ratio, slab.dim),
-            "the workspace was made for %d counters and %s; want at least %d and %s", workspace.arrived.shape[0],
-            tuple(workspace.partial.shape[1:]), batch * slab.kv_heads, (ratio, slab.dim))  # fmt: skip
+    require(q.dim() == 3 and q.shape[2] == slab.dim and q.is_contiguous() and q.shape[1] % slab.kv_heads == 0,
+            "q is %s with strides %s; want (B, H, %d) contiguous, H a multiple of %d", tuple(q.shape), q.stride(),
+            slab.dim, slab.kv_heads)  # fmt: skip
+    batch, heads, ratio, config = q.shape[0], q.shape[1], q.shape[1] // slab.kv_heads, workspace.config
+    require(workspace.kv_heads == slab.kv_heads and workspace.partial.shape[1:] == (ratio, slab.dim)
+            and workspace.arrived.shape[0] >= batch * slab.kv_heads,
+            "the workspace was made for %d kv heads, %s and %d counters; want %d, %s and at least %d",
+            workspace.kv_heads, tuple(workspace.partial.shape[1:]), workspace.arrived.shape[0], slab.kv_heads,
+            (ratio, slab.dim), batch * slab.kv_heads)  # fmt: skip
     if out is None:
         out = torch.empty((batch, heads * slab.dim), dtype=q.dtype, device=q.device)
     if batch == 0:
         return out
+    rows = power_of_two(ratio)
     _decode_kernel[(workspace.programs,)](
-        q, k_view, v_view, out, workspace.partial, workspace.stats, workspace.arrived, slots, kv_lens,
-        slots if table is None else table, batch, workspace.programs, window, scale * LOG2_E, slab.slot_stride,
-        slab.token_stride, slab.head_stride, table_stride(table), BATCH=room_for(batch),
-        **decode_constants(slab, ratio, config), PAGE=0 if table is None else k_view.shape[1],
-        PRECISION=precision(q.dtype), num_warps=config.warps, **early(pdl),
+        q, k_view, v_view, out, workspace.partial, workspace.stats, workspace.arrived, workspace.line,
+        workspace.extent, workspace.line if table is None else table, workspace.window, scale * LOG2_E,
+        slab.slot_stride, slab.token_stride, slab.head_stride, table_stride(table), RATIO=ratio, DIM=slab.dim,
+        BLOCK_D=max(16, power_of_two(slab.dim)), BLOCK_M=max(config.rows, rows), BLOCK_N=config.keys,
+        GROUPS=slab.kv_heads, STAGES=config.stages, BLOCK_R=rows, PARTS=max(2, 4096 // power_of_two(ratio * slab.dim)),
+        PAGE=0 if table is None else k_view.shape[1], PRECISION=precision(q.dtype), num_warps=config.warps,
+        **early(pdl),
     )  # fmt: skip
     return out
 

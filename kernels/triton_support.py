@@ -6,6 +6,7 @@ It knows shapes and strides of tensors, never their meaning. Importing it needs 
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -35,6 +36,22 @@ def gdc_launch():
     """Let the next kernel of the stream start its own prologue now."""
     tl.inline_asm_elementwise("griddepcontrol.launch_dependents; // dummy $0", "=r", [], dtype=tl.int32,
                               is_pure=False, pack=1)  # fmt: skip
+
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+
+    @triton.jit
+    def join_threads():
+        """Nothing to wait for: the interpreter runs a program as one thread."""
+        tl.debug_barrier()
+
+else:
+
+    @triton.jit
+    def join_threads():
+        """A program's threads wait for each other. tl.debug_barrier would keep Triton from overlapping the loads of a
+        loop that it stands in; this it does not see."""
+        tl.inline_asm_elementwise("bar.sync 0; // dummy $0", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
 
 
 def precision(dtype: torch.dtype) -> str:

@@ -20,8 +20,7 @@ from tessera_kernels.attention_slots import attention_reference
 from tessera_kernels.rope_store import rope_store_reference
 from tessera_kernels.silu_mul import silu_mul_reference
 from tessera_kernels.triton_argmax import RowArgmax
-from tessera_kernels.triton_attention_decode import DecodeConfig, DecodeWorkspace, attention_decode
-from tessera_kernels.triton_attention_hybrid import HybridConfig, HybridWorkspace, attention_hybrid
+from tessera_kernels.triton_attention_decode import DecodeConfig, DecodeWorkspace, attention_decode, line_up
 from tessera_kernels.triton_attention_prefill import PrefillConfig, attention_prefill, measured_config
 from tessera_kernels.triton_rmsnorm import rmsnorm, rmsnorm_parts_reference
 from tessera_kernels.triton_rope_store import rope_store
@@ -94,22 +93,24 @@ def check_decode(bench: Bench, heads: int, kv_heads: int, dim: int, window: int 
     for layers in (0, 3):
         config = None if bench.device != "cpu" else DecodeConfig(keys=16)
         q0 = bench.normal(1, heads, dim)
-        tile = (config or DecodeWorkspace.make(q0, heads, kv_heads, dim, 1).config).keys
+        tile = (config or DecodeWorkspace.make(q0, heads, kv_heads, dim, 1, 1).config).keys
         lengths = [n * scale for n in decode_lengths(tile)]
         bench.draw.shuffle(lengths)
         slab = bench.slab(lengths, kv_heads, dim, layers)
         q = bench.normal(len(lengths), heads, dim)
-        workspace = DecodeWorkspace.make(q, heads, kv_heads, dim, len(lengths) + 1, config)
+        workspace = DecodeWorkspace.make(q, heads, kv_heads, dim, len(lengths) + 1, max(lengths), config, window)
         workspace.partial.fill_(float("nan"))
         want = _attention_want(q, slab, list(range(len(lengths) + 1)), lengths, window)
+        line_up(slab.slots, bench.ints(lengths), workspace)
         for run in range(2):  # twice: counters must be back at zero
             out = bench.poison(len(lengths), heads * dim)
-            attention_decode(q, slab.k, slab.v, slab.slots, bench.ints(lengths), dim**-0.5, workspace, window, out=out)
+            attention_decode(q, slab.k, slab.v, dim**-0.5, workspace, out=out)
             yield f"decode {heads}/{kv_heads}x{dim} w{window} L{layers} #{run}", relative(out, want), BOUND[bench.dtype]
         idle = 3
         with_idle = [*lengths[:idle], 0, *lengths[idle + 1 :]]
         out = bench.poison(len(lengths), heads * dim)
-        attention_decode(q, slab.k, slab.v, slab.slots, bench.ints(with_idle), dim**-0.5, workspace, window, out=out)
+        line_up(slab.slots, bench.ints(with_idle), workspace)
+        attention_decode(q, slab.k, slab.v, dim**-0.5, workspace, out=out)
         kept = [i for i in range(len(lengths)) if i != idle]
         yield f"decode {heads}/{kv_heads}x{dim} idle row", relative(out[kept], want[kept]), BOUND[bench.dtype]
 
@@ -199,47 +200,23 @@ def check_products(bench: Bench, rows: int, width: int) -> Found:
                 yield f"{name} gated={gated} add", relative(onto, want + add.double()), bound
 
 
-def check_hybrid(bench: Bench, heads: int, kv_heads: int, dim: int, window: int = 0, config: HybridConfig | None = None
-                 ) -> Found:  # fmt: skip
-    """Prompts and decodes in one launch: both, either alone, an idle decode and rows of padding behind them."""
-    if config is None:
-        config = HybridConfig(64, 32, 32, 4, 2, 2, bench.dtype is not torch.float32)
-        if bench.device == "cpu" or bench.dtype is torch.float32:
-            config = HybridConfig(16, 16, 16, 4, 2, 2, bench.device == "cpu")
-    mixes = [([(0, 40), (30, 1), (63, 17), (0, 2)], [64, 1, 0, 33, 130]), ([(5, 60)], []), ([], [17, 90])]
-    for chunks, decodes in mixes:
-        lengths = [start + count for start, count in chunks] + decodes
-        slab = bench.slab([max(1, n) for n in lengths], kv_heads, dim, layers=2)
-        starts = [0]
-        for count in [count for _, count in chunks] + [1] * len(decodes):
-            starts.append(starts[-1] + count)
-        q = bench.normal(starts[-1] + 3, heads, dim)
-        workspace = HybridWorkspace.make(q, heads, kv_heads, dim, len(lengths) + 2, config)
-        firsts, lens, counts = (bench.ints(n) for n in (starts, lengths, [len(chunks), len(decodes)]))
-        idle = {starts[i] for i, n in enumerate(lengths) if n == 0}
-        kept = [row for row in range(starts[-1]) if row not in idle]
-        want = _attention_want(q[: starts[-1]], slab, starts, [max(1, n) for n in lengths], window)
-        for run in range(2):  # twice: tickets and counters must be back at zero
-            out = bench.poison(q.shape[0], heads * dim)
-            attention_hybrid(q, slab.k, slab.v, slab.slots, firsts, lens, counts, dim**-0.5, workspace, window, out)
-            error = relative(out[kept], want[kept])
-            untouched = bool(out[[*idle, *range(starts[-1], q.shape[0])]].isnan().all())
-            name = f"hybrid {heads}/{kv_heads}x{dim} w{window} {len(chunks)}+{len(decodes)} #{run}"
-            yield name, error if untouched else float("inf"), BOUND[bench.dtype]
-
-
 def check_graph(bench: Bench) -> Found:
     """A captured decode follows lengths, slots and queries that change between replays. CUDA only."""
     heads, kv_heads, dim, sequences = 32, 8, 128, 12
     slab = bench.slab([900] * sequences, kv_heads, dim, layers=2)
     q, out = bench.normal(sequences, heads, dim), bench.poison(sequences, heads * dim)
     lens, slots = bench.ints([1] * sequences), slab.slots.clone()
-    workspace = DecodeWorkspace.make(q, heads, kv_heads, dim, sequences)
-    attention_decode(q, slab.k, slab.v, slots, lens, dim**-0.5, workspace, out=out)
+    workspace = DecodeWorkspace.make(q, heads, kv_heads, dim, sequences, 900)
+
+    def step() -> None:
+        line_up(slots, lens, workspace)
+        attention_decode(q, slab.k, slab.v, dim**-0.5, workspace, out=out)
+
+    step()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        attention_decode(q, slab.k, slab.v, slots, lens, dim**-0.5, workspace, out=out)
+        step()
     for turn in range(4):
         lengths = [bench.draw.randint(1, 900) for _ in range(sequences)]
         lens.copy_(bench.ints(lengths))
@@ -271,18 +248,13 @@ def blocks_of(slab: SimpleNamespace, lengths: list[int], block_tokens: int) -> S
 
 
 def check_backend(bench: Bench, name: str, heads: int = 32, kv_heads: int = 8, dim: int = 128) -> Found:
-    """A backend on a hybrid batch: prompts first, then decodes; on prompts only; on decodes only. triton_vattn also
-    with hybrid batches in one launch."""
+    """A backend on a hybrid batch: prompts first, then decodes; on prompts only; on decodes only."""
     from engine.attention.base import backends
     from engine.runner.batch import Paged, Row, pack
 
     spec: Any = SimpleNamespace(heads=heads, kv_heads=kv_heads, head_dim=dim)
     caps = backends[name].caps
-    tried = [(name, backends[name](spec))]
-    if name == "triton_vattn":
-        in_one: Any = backends[name](spec)
-        in_one.hybrid = HybridConfig(64, 32, 32, 4)
-        tried.append((f"{name} in one launch", in_one))
+    backend = backends[name](spec)
     mixes = [[(0, 70), (200, 1), (129, 40), (300, 1), (5, 1)], [(0, 150)], [(77, 1), (1, 1)]]
     for chunks in mixes:
         for window in (0, 50):
@@ -294,7 +266,6 @@ def check_backend(bench: Bench, name: str, heads: int = 32, kv_heads: int = 8, d
                 field: getattr(host, field).to(bench.device)
                 for field in ("tokens", "positions", "token_slots", "slots", "q_starts", "kv_lens", "sample_rows")
             })  # fmt: skip
-            batch.counts = bench.ints([len(host.spans), len(chunks) - len(host.spans)])
             q = bench.normal(host.num_tokens, heads, dim)
             want = _attention_want(q, slab, host.q_starts.tolist(), lengths, window)
             k, v = slab.k, slab.v
@@ -302,9 +273,8 @@ def check_backend(bench: Bench, name: str, heads: int = 32, kv_heads: int = 8, d
                 blocks = blocks_of(slab, lengths, 16 * caps.block_multiple)
                 k, v, table = blocks.k, blocks.v, blocks.table.to(bench.device)
                 batch.paged = Paged(table, blocks.table.numpy(), k.shape[1], batch.token_slots, batch.positions)
-            for what, backend in tried:
-                got = backend.attend(q, k, v, batch, window)
-                yield f"{what} {len(chunks)} chunks w{window}", relative(got, want), BOUND[bench.dtype]
+            got = backend.attend(q, k, v, batch, window)
+            yield f"{name} {len(chunks)} chunks w{window}", relative(got, want), BOUND[bench.dtype]
 
 
 def check_tail(bench: Bench, name: str, layout: str, heads: int = 32, kv_heads: int = 8, dim: int = 128) -> Found:

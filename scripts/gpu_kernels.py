@@ -1,7 +1,7 @@
 """Check and time the GPU's kernels: `python -m scripts.gpu_kernels [--sections check,decode,...] [--json PATH]`.
 
 Sections: check (every operation against float64), rows, decode, prefill, gemv, gemm, layer, and of whole backends
-(scripts/gpu_phases.py) hybrid, phases, paged, sample. Each variant of a kernel
+(scripts/gpu_phases.py) phases, paged, sample. Each variant of a kernel
 is timed in a CUDA graph over rotating buffers; the table prints its speed, its share of the measured ceiling and the
 library beside it. The settings that win go into the JSON file; as kernels/tuning/<device>.json the kernels use them.
 A variant that fails is reported by its error's first line and left out. Shapes are Llama-3-8B's.
@@ -32,7 +32,7 @@ from scripts import gpu_checks, gpu_timing, gpu_variants
 from scripts.gpu_timing import Report, compiling_only, graph_us, show
 from tessera_kernels import triton_gemm, triton_gemv, triton_support
 from tessera_kernels.triton_argmax import RowArgmax
-from tessera_kernels.triton_attention_decode import DecodeConfig, DecodeWorkspace, attention_decode
+from tessera_kernels.triton_attention_decode import DecodeConfig, DecodeWorkspace, attention_decode, line_up
 from tessera_kernels.triton_attention_prefill import PrefillConfig, attention_prefill
 from tessera_kernels.triton_rmsnorm import rmsnorm
 from tessera_kernels.triton_rope_store import rope_store
@@ -110,7 +110,6 @@ def section_check(s: Session) -> None:
         tried.append((f"rows {dtype}", partial(gpu_checks.check_rows, bench, WIDTH, 9, 3, 64)))
         tried.append((f"products {dtype}", partial(gpu_checks.check_products, bench, 1024, WIDTH)))
     bench = gpu_checks.Bench("cuda", BF16)
-    tried += [(f"hybrid {heads}", partial(gpu_checks.check_hybrid, bench, *heads)) for heads in gpu_checks.HEADS]
     tried += [(name, partial(gpu_checks.check_backend, bench, name)) for name in ("triton_vattn", "triton_paged")]
     built = [found for _, found in tried]
     tried.append(("graph", partial(gpu_checks.check_graph, bench)))
@@ -183,8 +182,11 @@ def section_decode(s: Session) -> None:
 
         def call(config: DecodeConfig, spaces: dict[DecodeConfig, DecodeWorkspace] = {},  # noqa: B006
                  k=k, v=v, q=q, slots=slots, lens=lens, out=out) -> gpu_timing.Call:  # fmt: skip
-            space = spaces.setdefault(config, DecodeWorkspace.make(q, HEADS, KV_HEADS, DIM, 512, config))
-            return lambda i: attention_decode(q, k[:, :, i], v[:, :, i], slots, lens, DIM**-0.5, space, out=out)
+            space = spaces.get(config)
+            if space is None:
+                space = spaces[config] = DecodeWorkspace.make(q, HEADS, KV_HEADS, DIM, 512, k.shape[1], config)
+                line_up(slots, lens, space)  # once a step, not once a layer
+            return lambda i: attention_decode(q, k[:, :, i], v[:, :, i], DIM**-0.5, space, out=out)
 
         s.compile([lambda c=config: call(c)(0) for config in configs])
         nbytes = sum(lengths) * KV_HEADS * DIM * 4
@@ -385,7 +387,7 @@ def section_backends(which: str) -> Callable[[Session], None]:
 SECTIONS: dict[str, Callable[[Session], None]] = {
     "check": section_check, "rows": section_rows, "decode": section_decode, "prefill": section_prefill,
     "gemv": section_gemv, "gemm": section_gemm, "layer": section_layer,
-    **{name: section_backends(name) for name in ("hybrid", "phases", "paged", "sample")},
+    **{name: section_backends(name) for name in ("phases", "paged", "sample")},
 }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Sections of scripts.gpu_kernels about whole backends: by phase, hybrid batches, blocks against slabs, sampling.
+"""Sections of scripts.gpu_kernels about whole backends: by phase, blocks against slabs, sampling.
 
 Backends run as the engine calls them, over a mega slab of a few layers, in CUDA graphs; what they plan on the host is
 planned before. Times of `phases` decide which backend `auto` takes.
@@ -7,7 +7,7 @@ planned before. Times of `phases` decide which backend `auto` takes.
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -19,11 +19,9 @@ from engine.core.request import SamplingParams
 from engine.runner.batch import Batch, Paged, Row, pack
 from engine.runner.device_sampler import choose, fill_rules, plain_rules
 from engine.runner.sampler import Pick, finite_argmax
-from scripts import gpu_variants
 from scripts.gpu_timing import Call
 from tessera_kernels import triton_attention_prefill
 from tessera_kernels.triton_argmax import RowArgmax
-from tessera_kernels.triton_attention_hybrid import HybridConfig
 from tessera_kernels.triton_sample import edit_logits, sample_rows
 
 if TYPE_CHECKING:
@@ -36,11 +34,6 @@ PREFILL: dict[str, Chunks] = {"2048 whole": [(0, 2048)], "512 at 2k": [(1536, 51
                               "2048 at 8k": [(6144, 2048)]}  # fmt: skip
 DECODE: dict[str, Chunks] = {"64x2048": [(2047, 1)] * 64, "256x384": [(383, 1)] * 256, "16x1024": [(1023, 1)] * 16,
                              "1x768": [(767, 1)]}  # fmt: skip
-HYBRID: dict[str, Chunks] = {
-    "512 at 0 + 32x1024": [(0, 512), *[(1023, 1)] * 32], "448 at 2k + 64x2048": [(1600, 448), *[(2047, 1)] * 64],
-    "384 at 6k + 128x1024": [(5760, 384), *[(1023, 1)] * 128], "256 at 1k + 16x2600": [(768, 256), *[(2599, 1)] * 16],
-}  # fmt: skip
-
 
 @dataclass
 class Case:
@@ -60,7 +53,6 @@ class Case:
         room = 64 if s.compile_only else max(start + count for start, count in chunks)
         both = s.normal(2, len(chunks), room, LAYERS, KV_HEADS, DIM)
         host = pack([Row(slot, start, [0] * count, True) for slot, (start, count) in enumerate(chunks)])
-        host.counts = torch.tensor([len(host.spans), len(chunks) - len(host.spans)], dtype=torch.int32)
         batch = host if s.compile_only else host.to(torch.device(s.device))
         return cls(s, shape, chunks, both[0], both[1], batch, s.normal(host.num_tokens, HEADS, DIM))
 
@@ -125,30 +117,6 @@ def phases(s: Session) -> None:
     if not s.compile_only:
         s.report.settings["phases"] = {str(DIM): times}
         print("  by phase:", times, flush=True)
-
-
-def hybrid(s: Session) -> None:
-    """One launch for both halves against two; it is taken where its geometric mean is at least 2 % better."""
-    configs: list[HybridConfig] = gpu_variants.HYBRID[:2] if s.quick else gpu_variants.HYBRID
-    s.report.settings.pop("attention_hybrid", None)
-    totals: dict[HybridConfig | None, float] = dict.fromkeys([None, *configs], 0.0)
-    made: dict[HybridConfig | None, Any] = {config: backends["triton_vattn"](SPEC) for config in totals}
-    for config, backend in made.items():
-        backend.hybrid = config
-    for shape, chunks in HYBRID.items():
-        case = Case.make(s, shape, chunks)
-        case.compile([case.call(backend) for backend in made.values()])
-        for config, backend in made.items():
-            name = "* two launches" if config is None else " ".join(map(str, asdict(config).values()))
-            totals[config] += math.log(case.time("hybrid", name, case.call(backend)))
-        s.show_best("hybrid", shape)
-    if s.compile_only:
-        return
-    best = min(configs, key=lambda config: totals[config])
-    gain = math.exp((totals[None] - totals[best]) / len(HYBRID)) if totals[best] < math.inf else 0.0
-    print(f"  {best}: {gain:.3f} times as fast as two launches (geometric mean)", flush=True)
-    if gain > 1.02:
-        s.report.settings["attention_hybrid"] = {str(DIM): asdict(best)}
 
 
 def paged(s: Session) -> None:

@@ -52,7 +52,7 @@ PARTS = (
     Part("correctness", 300, "scripts.gpu_correctness", ("--budget-s", "270"), (*ENGINE, "safetensors")),
     Part("attention", 200, "scripts.gpu_kernels", ("--sections", "decode,prefill"), KERNELS, True),
     Part("products", 300, "scripts.gpu_kernels", ("--sections", "gemv,gemm"), KERNELS, True),
-    Part("backends", 200, "scripts.gpu_kernels", ("--sections", "phases,hybrid,sample,paged"), KERNELS, True),
+    Part("backends", 200, "scripts.gpu_kernels", ("--sections", "phases,sample,paged"), KERNELS, True),
     Part("layer", 100, "scripts.gpu_kernels", ("--sections", "layer,rows"), KERNELS, True),
     Part("profile", 120, "scripts.gpu_profile", (), ENGINE),
     Part("single", 100, "scripts.bench", ("latency", *SHAPE, "--runs", "3", "--workload", "single_stream"), ENGINE),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from tessera_kernels.triton_attention_decode import DecodeConfig
-from tessera_kernels.triton_attention_hybrid import HybridConfig
 from tessera_kernels.triton_attention_prefill import PrefillConfig
 from tessera_kernels.triton_gemm import GemmConfig
 from tessera_kernels.triton_gemv import GemvConfig
@@ -14,9 +13,9 @@ SHARED_BYTES = 227 << 10
 DECODE = [
     DecodeConfig(*setting)
     for setting in [
-        (64, 16, 4, 3, 2), (64, 16, 4, 3, 3), (32, 16, 4, 4, 4), (32, 16, 4, 4, 3), (64, 16, 4, 2, 3),
-        (64, 16, 4, 4, 2), (128, 16, 4, 2, 2), (128, 16, 8, 2, 2), (32, 16, 2, 4, 4), (64, 16, 2, 3, 2),
-        (64, 64, 4, 3, 1), (128, 64, 8, 2, 1), (32, 16, 4, 3, 4),
+        (64, 16, 4, 3, 2), (64, 16, 4, 2, 4), (32, 16, 4, 4, 3), (32, 16, 4, 3, 4), (32, 16, 4, 5, 2),
+        (64, 16, 4, 5, 1), (128, 16, 8, 2, 2), (32, 16, 2, 3, 4), (64, 16, 2, 3, 2), (64, 16, 8, 3, 2),
+        (32, 16, 2, 4, 3), (32, 16, 2, 5, 2), (64, 16, 4, 4, 1),
     ]
 ]  # fmt: skip
 
@@ -27,16 +26,6 @@ PREFILL = [
         (128, 64, 8, 2, True), (128, 128, 8, 2, True), (64, 64, 4, 2, True), (128, 64, 8, 3, True),
         (64, 128, 4, 2, True), (64, 64, 4, 3, True), (128, 64, 8, 3, False), (64, 64, 4, 2, False),
         (128, 64, 4, 2, True),
-    ]
-]  # fmt: skip
-
-# rows, keys of prompts, keys of decodes, warps, stages, programs per multiprocessor, bulk
-HYBRID = [
-    HybridConfig(*setting)
-    for setting in [
-        (64, 64, 64, 4, 2, 2, True), (128, 64, 64, 8, 2, 1, True), (64, 64, 64, 4, 2, 3, True),
-        (128, 64, 64, 8, 2, 2, True), (64, 64, 32, 4, 3, 2, True), (64, 32, 64, 4, 3, 2, True),
-        (128, 64, 128, 8, 2, 1, True), (64, 64, 64, 4, 2, 2, False),
     ]
 ]  # fmt: skip
 

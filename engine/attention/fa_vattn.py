@@ -1,27 +1,40 @@
-"""Attention over slabs on a Hopper GPU: FlashAttention 3 for prompts, our split kernel for decodes.
+"""Attention over slabs on a Hopper GPU: FlashAttention 3 for long chunks of prompts, our kernels for the rest.
 
 FlashAttention's bulk loads stop at the bounds of the tensor they are given, not at a sequence's length, so each prompt
 is given as a view of exactly its length (K[slot, :kv_len]); a whole slab with lengths beside it would be read past
-what is mapped. Lengths come from Batch.spans, on the host: a graph with a prompt in it fits that prompt only.
+what is mapped. That is a launch a prompt, and the host needs about 35 us for it; so short chunks that come together go
+into one launch of our kernel, as do windows, which fa3-fwd's builds leave out. Lengths come from Batch.spans, on the
+host: a graph with a prompt in it fits that prompt only.
 """
 
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 
 import torch
 
 from engine.attention.base import Caps, backends
 from engine.attention.triton_vattn import DecodeHalf, cuda_missing
 from engine.loading.spec import ModelSpec
-from engine.runner.batch import Batch
+from engine.runner.batch import Batch, Span
+
+WORTH_PAIRS = 1 << 19  # (query, key) pairs a prompt, on average, above which several prompts get a launch each
+TILE_ROWS = 128  # query rows (token, head) of one of FlashAttention's tiles
+FEW_TILES = 100  # below which a chunk is also cut along its keys, to use all multiprocessors
+
+
+def worth_it(spans: Sequence[Span]) -> bool:
+    """Whether these prompts are better launched one by one than all in one launch of the slower kernel."""
+    pairs = sum((last - first) * kv_len for _, first, last, kv_len in spans)
+    return len(spans) == 1 or pairs >= WORTH_PAIRS * len(spans)
 
 
 @backends.register("fa_vattn")
 class FaVattn:
-    """One FlashAttention 3 launch a prompt, one launch for all decodes."""
+    """FlashAttention 3 launches or one of ours for prompts, one launch for all decodes."""
 
-    caps = Caps(device="cuda", dtypes=("bfloat16", "float16"), head_dims=(64, 96, 128, 192, 256), rank=10)
+    caps = Caps(device="cuda", dtypes=("bfloat16",), head_dims=(64, 96, 128, 192, 256), rank=10)
 
     @classmethod
     def missing(cls) -> str | None:
@@ -37,31 +50,33 @@ class FaVattn:
         return None
 
     def __init__(self, spec: ModelSpec) -> None:
-        from fa3_fwd_interface import flash_attn_func
+        import fa3_fwd_interface  # noqa: F401  registers the operator
 
-        self._flash, self.decode_half = flash_attn_func, DecodeHalf(spec)
+        from tessera_kernels.triton_attention_prefill import attention_prefill
+
+        # the operator itself: its Python wrapper costs the host twice what the launch does
+        self._flash = torch.ops.fa3_fwd.fwd
+        self._prefill, self.decode_half = attention_prefill, DecodeHalf(spec)
         self.scale = spec.head_dim**-0.5
 
-    def _prompt(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int
-    ) -> torch.Tensor:
-        """q (n, H, D), k and v (kv_len, G, D), causal to the end of k -> (n, H, D)."""
-        reach = (window - 1, 0) if window else (-1, -1)
-        done = self._flash(q[None], k[None], v[None], softmax_scale=self.scale, causal=True, window_size=reach)
-        attended: torch.Tensor = done[0] if isinstance(done, tuple) else done
-        return attended[0] if attended.dim() == 4 else attended
+    def _prompt(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor) -> None:
+        """q (n, H, D), k and v (kv_len, G, D), causal to the end of k -> out (n, H, D)."""
+        few = q.shape[0] * q.shape[1] < FEW_TILES * TILE_ROWS
+        self._flash(q[None], k[None], v[None], out=out[None], softmax_scale=self.scale, is_causal=True,
+                    num_splits=0 if few else 1)  # fmt: skip
 
     def attend(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: Batch, window: int = 0
     ) -> torch.Tensor:
         """See AttentionBackend."""
-        spans = batch.spans
-        if len(spans) == 1 and spans[0].last == q.shape[0]:
-            slot, kv_len = spans[0].slot, spans[0].kv_len
-            return self._prompt(q, k[slot, :kv_len], v[slot, :kv_len], window).reshape(q.shape[0], -1)
-        out = torch.empty((q.shape[0], q.shape[1] * q.shape[2]), dtype=q.dtype, device=q.device)
-        for slot, first, last, kv_len in spans:
-            done = self._prompt(q[first:last], k[slot, :kv_len], v[slot, :kv_len], window)
-            out[first:last] = done.reshape(last - first, -1)
-        self.decode_half(q, k, v, batch, window, out)
-        return out
+        spans, out = batch.spans, torch.empty_like(q)
+        flat = out.flatten(1)
+        if spans and not window and worth_it(spans):
+            for slot, first, last, kv_len in spans:
+                self._prompt(q[first:last], k[slot, :kv_len], v[slot, :kv_len], out[first:last])
+        elif spans:
+            tokens, prompts = batch.num_prefill_tokens, len(spans)
+            self._prefill(q[:tokens], k, v, batch.slots[:prompts], batch.q_starts[: prompts + 1],
+                          batch.kv_lens[:prompts], self.scale, window, out=flat[:tokens])  # fmt: skip
+        self.decode_half(q, k, v, batch, window, flat)
+        return flat

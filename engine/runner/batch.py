@@ -58,7 +58,6 @@ class Batch:
     sample_rows: (R,) integer, the token rows that get logits.
     spans: the first chunks, up to the last that has more than one token; the chunks behind them are one token each.
     So a backend can run prompts and decodes by different kernels without asking a device for numbers.
-    counts: (2,) int32, (chunks of spans, chunks behind them): the same for kernels that read it on the device.
     paged: for backends over block tables, what a paged store adds (KvStore.place).
     host: the same batch in host memory, where this one lies on a device and came from there.
     """
@@ -71,7 +70,6 @@ class Batch:
     kv_lens: torch.Tensor
     sample_rows: torch.Tensor
     spans: tuple[Span, ...] = ()
-    counts: torch.Tensor | None = None
     paged: Paged | None = None
     host: Batch | None = None
 
@@ -79,14 +77,13 @@ class Batch:
         """The same on a device: one copy from pinned memory, which the launches behind it need not wait for."""
         if device.type == "cpu":
             return self
-        counts = torch.tensor([len(self.spans), self.slots.shape[0] - len(self.spans)], dtype=torch.int32)
         fields = (self.tokens, self.positions, self.token_slots, self.slots, self.q_starts, self.kv_lens,
-                  self.sample_rows, counts)  # fmt: skip
+                  self.sample_rows)  # fmt: skip
         staged = torch.empty(sum(field.shape[0] for field in fields), dtype=torch.int32, pin_memory=True)
         torch.cat([field.to(torch.int32) for field in fields], out=staged)
         moved = staged.to(device, non_blocking=True).split([field.shape[0] for field in fields])
-        tokens, positions, token_slots, slots, q_starts, kv_lens, rows, counted = moved
-        return Batch(tokens, positions, token_slots, slots, q_starts, kv_lens, rows, self.spans, counted, host=self)
+        tokens, positions, token_slots, slots, q_starts, kv_lens, rows = moved
+        return Batch(tokens, positions, token_slots, slots, q_starts, kv_lens, rows, self.spans, host=self)
 
     @property
     def places(self) -> tuple[torch.Tensor, torch.Tensor]:

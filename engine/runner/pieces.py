@@ -2,8 +2,7 @@
 
 Products, norms and stores of a step depend on its number of tokens alone, so they are recorded for a few numbers and a
 step is padded up to the next. Attention depends on every length, and the fastest kernels for prompts take theirs from
-the host, so it is launched anew in every layer, on the real rows. A whole graph would need all of it on the device:
-triton_attention_hybrid could be recorded so, but not FlashAttention. The host launches two or three things a layer
+the host, so it is launched anew in every layer, on the real rows. The host launches two or three things a layer
 instead of about nine.
 """
 

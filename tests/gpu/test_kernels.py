@@ -39,7 +39,7 @@ def compiled() -> None:
     with gpu_timing.compiling_only(os.cpu_count() or 1, []), torch.inference_mode():
         for dtype, *heads in SHAPES:
             bench = checks.Bench(DEVICE, dtype)
-            for check in (checks.check_decode, checks.check_prefill, checks.check_hybrid):
+            for check in (checks.check_decode, checks.check_prefill):
                 for window in (0, 50):
                     list(check(bench, *heads, window))
 
@@ -85,13 +85,6 @@ def test_products(dtype: torch.dtype, rows: int, width: int) -> None:
 def test_decode_in_a_graph(dtype: torch.dtype) -> None:
     """A captured launch reads lengths, slots and queries anew at each replay."""
     judge(checks.check_graph(checks.Bench(DEVICE, dtype)))
-
-
-@pytest.mark.parametrize("window", [0, 50])
-@pytest.mark.parametrize(("dtype", "heads", "kv_heads", "dim"), SHAPES[:1] if INTERPRETED else SHAPES)
-def test_hybrid(dtype: torch.dtype, window: int, heads: int, kv_heads: int, dim: int) -> None:
-    """Prompts and decodes in one launch, tickets and counters back at zero."""
-    judge(checks.check_hybrid(checks.Bench(DEVICE, dtype), heads, kv_heads, dim, window))
 
 
 def skip_without(name: str) -> None:
