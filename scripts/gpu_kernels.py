@@ -182,11 +182,14 @@ def section_decode(s: Session) -> None:
 
         def call(config: DecodeConfig, spaces: dict[DecodeConfig, DecodeWorkspace] = {},  # noqa: B006
                  k=k, v=v, q=q, slots=slots, lens=lens, out=out) -> gpu_timing.Call:  # fmt: skip
-            space = spaces.get(config)
-            if space is None:
-                space = spaces[config] = DecodeWorkspace.make(q, HEADS, KV_HEADS, DIM, 512, k.shape[1], config)
-                line_up(slots, lens, space)  # once a step, not once a layer
-            return lambda i: attention_decode(q, k[:, :, i], v[:, :, i], DIM**-0.5, space, out=out)
+            space = spaces.setdefault(config, DecodeWorkspace.make(q, HEADS, KV_HEADS, DIM, 512, k.shape[1], config))
+
+            def layer(i: int) -> None:
+                if i == 0:  # once a step, and a step has LAYERS layers here
+                    line_up(slots, lens, space)
+                attention_decode(q, k[:, :, i], v[:, :, i], DIM**-0.5, space, out=out)
+
+            return layer
 
         s.compile([lambda c=config: call(c)(0) for config in configs])
         nbytes = sum(lengths) * KV_HEADS * DIM * 4

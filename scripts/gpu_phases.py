@@ -57,8 +57,13 @@ class Case:
         return cls(s, shape, chunks, both[0], both[1], batch, s.normal(host.num_tokens, HEADS, DIM))
 
     def call(self, backend: Any) -> Call:
-        """The backend on one layer of the slab."""
-        return lambda i: backend.attend(self.q, self.k[:, :, i], self.v[:, :, i], self.batch)
+        """The backend on one layer of the slab; layer 0 begins a new step."""
+        def layer(i: int) -> None:
+            if i == 0:
+                self.batch = replace(self.batch)
+            backend.attend(self.q, self.k[:, :, i], self.v[:, :, i], self.batch)
+
+        return layer
 
     def blocks(self, tokens: int) -> Case:
         """The same memory as blocks of so many tokens, dealt out in random order."""
