@@ -320,8 +320,8 @@ def attention_decode(
     """softmax(scale * q k^T) v of one query a sequence -> (B, H * D), for the sequences that line_up() was told of.
 
     q (B, H, D) contiguous; k_view, v_view (S, C, G, D). The query of sequence b sits at kv_lens[b] - 1 and sees its
-    last workspace.window keys (all when 0). table (S, M) int32: k_view and v_view are blocks (blocks, T, G, D), and block m
-    of a slot holds its tokens m * T and on. Raises ValueError for a wrong shape, dtype or stride.
+    last workspace.window keys (all when 0). table (S, M) int32: k_view and v_view are blocks (blocks, T, G, D), and
+    block m of a slot holds its tokens m * T and on. Raises ValueError for a wrong shape, dtype or stride.
     """
     require_float("q", q)
     slab = slab_of(k_view, v_view, q.dtype)

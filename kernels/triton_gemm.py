@@ -59,7 +59,7 @@ def _gemm_kernel(
     x_desc, w_desc, w, bias, y, m_rows, n_rows, K,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr, STAGES: tl.constexpr,
     TURNED: tl.constexpr, GATED: tl.constexpr, ADD: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
-    PDL: tl.constexpr,
+    AHEAD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     # tiles that share weights are neighbours, so that the weights come from memory once
     tiles_m = tl.cdiv(m_rows, BLOCK_M)
@@ -72,7 +72,7 @@ def _gemm_kernel(
         # the weights of the first turns are fetched into the second-level cache while the kernel before ends
         line = tl.arange(0, BLOCK_N)
         at = w + tl.minimum(n0 + line, n_rows - 1).to(tl.int64)[:, None] * K
-        column = tl.minimum(first * BLOCK_K + tl.arange(0, STAGES * BLOCK_K // 64) * 64, K - 1)
+        column = tl.minimum(first * BLOCK_K + tl.arange(0, AHEAD) * 64, K - 1)
         tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [at + column[None, :]],
                                   dtype=tl.int32, is_pure=False, pack=1)  # fmt: skip
         gdc_wait()
@@ -161,8 +161,8 @@ def _launch(
     _gemm_kernel[grid](
         x_desc, w_desc, weight, bias if bias is not None else x, y, x.shape[0], rows, width, BLOCK_M=config.m,
         BLOCK_N=config.n, BLOCK_K=config.k, PARTS=config.parts, STAGES=config.stages, TURNED=config.turned,
-        GATED=gated, ADD=add, BIAS=bias is not None, PRECISION=precision(x.dtype), num_warps=config.warps,
-        **early(pdl),
+        GATED=gated, ADD=add, BIAS=bias is not None, PRECISION=precision(x.dtype),
+        AHEAD=1 << (config.stages * config.k // 64).bit_length() - 1, num_warps=config.warps, **early(pdl),
     )  # fmt: skip
 
 

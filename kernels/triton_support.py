@@ -59,6 +59,12 @@ def precision(dtype: torch.dtype) -> str:
     return "ieee" if dtype is torch.float32 else "tf32"
 
 
+@cache
+def starts_early() -> bool:
+    """Whether kernels of the current device may start while the one before ends."""
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
+
+
 def early(enabled: bool) -> dict[str, Any]:
     """Launch options of a kernel that may start before the one ahead has ended (it waits inside by gdc_wait)."""
     return {"PDL": True, "launch_pdl": True} if enabled else {"PDL": False}

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from tessera_kernels import triton_gemm, triton_gemv
+from tessera_kernels import cublaslt, triton_gemm, triton_gemv
 from tessera_kernels.attention_slots import attention_reference
 from tessera_kernels.rope_store import rope_store_reference
 from tessera_kernels.silu_mul import silu_mul_reference
@@ -198,6 +198,22 @@ def check_products(bench: Bench, rows: int, width: int) -> Found:
                 onto = add.clone()
                 call(x, weight, bias, add_to=onto, **options)
                 yield f"{name} gated={gated} add", relative(onto, want + add.double()), bound
+
+
+def check_library(bench: Bench) -> Found:
+    """Every proposal of cuBLASLt for a few shapes: plain, added onto, and in float32. CUDA only."""
+    for m, n, k in ((448, 1024, 512), (96, 640, 2048), (17, 256, 256)):
+        x, weight, onto = bench.normal(m, k), bench.normal(n, k, scale=k**-0.5), bench.normal(m, n)
+        want = x.double() @ weight.double().t()
+        for float_out in (False, True):
+            dtype = torch.float32 if float_out else bench.dtype
+            for rank in range(len(cublaslt.product(m, n, k, bench.dtype, dtype).proposals)):
+                name = f"library {m}x{n}x{k} #{rank}{' float' if float_out else ''}"
+                got = cublaslt.matmul(x, weight, rank, float_out=float_out)
+                yield name, relative(got, want.cpu()), BOUND[bench.dtype]
+                if not float_out:
+                    got = cublaslt.matmul(x, weight, rank, add_to=onto.clone())
+                    yield f"{name} added", relative(got, (want + onto.double()).cpu()), BOUND[bench.dtype]
 
 
 def check_graph(bench: Bench) -> Found:

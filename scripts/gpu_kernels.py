@@ -28,9 +28,11 @@ import torch
 import torch.nn.functional as F
 
 from engine.attention.base import backends
+from engine.runner.graphs import graph_sizes
+from engine.runner.pieces import piece_sizes
 from scripts import gpu_checks, gpu_timing, gpu_variants
 from scripts.gpu_timing import Report, compiling_only, graph_us, show
-from tessera_kernels import triton_gemm, triton_gemv, triton_support
+from tessera_kernels import cublaslt, triton_gemm, triton_gemv, triton_support
 from tessera_kernels.triton_argmax import RowArgmax
 from tessera_kernels.triton_attention_decode import DecodeConfig, DecodeWorkspace, attention_decode, line_up
 from tessera_kernels.triton_attention_prefill import PrefillConfig, attention_prefill
@@ -112,7 +114,7 @@ def section_check(s: Session) -> None:
     bench = gpu_checks.Bench("cuda", BF16)
     tried += [(name, partial(gpu_checks.check_backend, bench, name)) for name in ("triton_vattn", "triton_paged")]
     built = [found for _, found in tried]
-    tried.append(("graph", partial(gpu_checks.check_graph, bench)))
+    tried += [("graph", partial(gpu_checks.check_graph, bench)), ("library", partial(gpu_checks.check_library, bench))]
     for name in backends:
         if backends[name].caps.device == "cuda" and not name.startswith("triton") and not backends[name].missing():
             tried.append((name, partial(gpu_checks.check_backend, bench, name)))
@@ -353,7 +355,13 @@ def section_gemm(s: Session) -> None:
                     us += config.parts * m * rows * 4 / 3e6  # what the reader pays, about 3 TB/s from the cache
                 best = min(best, (us, config), key=lambda pair: pair[0])
 
-            def library(i: int, x=x, onto=onto, w=weights, name=name, gated=gated) -> object:
+            rank = cublaslt.measured_rank(x, weights[0].shape[0])
+
+            def library(i: int, x=x, onto=onto, w=weights, name=name, gated=gated, rank=rank) -> object:
+                if rank is not None:
+                    add_to = onto if name in ("o", "down") else None
+                    y = cublaslt.matmul(x, w[i], rank, add_to=add_to, float_out=name == "head")
+                    return silu_mul(y) if gated else y
                 if name == "head":
                     return torch.mm(x, w[i].t(), out_dtype=torch.float32)
                 if name in ("o", "down"):
@@ -368,6 +376,59 @@ def section_gemm(s: Session) -> None:
         if not s.compile_only:
             s.report.settings.setdefault("gemm", {})[f"{rows}x{width}{'g' if gated else ''}"] = table
         del weights
+
+
+LIBRARY_ROWS = sorted({m for m in (*graph_sizes(512), *piece_sizes(2048)) if m >= 16})
+
+
+def section_library(s: Session) -> None:
+    """Every proposal of cuBLASLt for every number of rows that the engine pads to, PyTorch's own call beside them; the
+    table gets the fastest where it wins by 1 %."""
+    if s.compile_only:
+        return
+    if cublaslt.version() is None:
+        print("  cuBLASLt cannot be used here", flush=True)
+        return
+    ranks: dict[str, dict[str, int]] = {}
+    for name, (out, width, gated) in PRODUCTS.items():
+        rows = out * 2 if gated else out
+        weights = _weights(s, name)
+        for m in LIBRARY_ROWS[:: 4 if s.quick else 1]:
+            if name == "head" and m > 512:
+                continue
+            x, add = s.normal(m, width), name in ("o", "down")
+            onto = s.normal(m, rows) if add else None
+            float_out = name == "head"
+            product = cublaslt.product(m, rows, width, BF16, torch.float32 if float_out else BF16)
+
+            def ours(i: int, rank: int, w=weights, x=x, onto=onto, float_out=float_out) -> object:
+                return cublaslt.matmul(x, w[i], rank, add_to=onto, float_out=float_out)
+
+            def theirs(i: int, w=weights, x=x, onto=onto, float_out=float_out) -> object:
+                if onto is not None:
+                    return onto.addmm_(x, w[i].t())
+                return torch.mm(x, w[i].t(), out_dtype=torch.float32) if float_out else F.linear(x, w[i])
+
+            options: dict[str, Any] = {"calls": 8, "target_ms": 4.0}
+            library_us = gpu_timing.graph_us(theirs, len(weights), **options)
+            times = [gpu_timing.graph_us(partial(ours, rank=rank), len(weights), **options)
+                     for rank in range(len(product.proposals))]  # fmt: skip
+            if not times:
+                continue
+            best_us = min(times)
+            nbytes, flops = weights[0].numel() * 2 + m * (width + rows) * 2, 2.0 * m * rows * width
+            for variant, us in (("* PyTorch's call", library_us), (f"proposal {times.index(best_us)}", best_us)):
+                s.report.add("library", f"{name} M={m}", variant, us, nbytes, flops)
+            if best_us < 0.99 * library_us:
+                ranks.setdefault(f"{rows}x{width}", {})[str(m)] = times.index(best_us)
+        del weights
+        won = [row for row in s.report.rows if row.section == "library" and row.shape.startswith(f"{name} ")]
+        gains = [theirs.us / ours.us for theirs, ours in zip(won[::2], won[1::2], strict=True)]
+        mean = math.exp(sum(map(math.log, gains)) / len(gains))
+        print(f"  {name}: the best proposal is {mean:.3f} times as fast as PyTorch's call (geometric mean over "
+              f"{len(gains)} sizes; at most {max(gains):.2f})", flush=True)  # fmt: skip
+    s.report.settings["library"] = {"version": cublaslt.version(), "ranks": ranks}
+    cublaslt._ranks.cache_clear()
 
 
 def section_layer(s: Session) -> None:
@@ -389,7 +450,7 @@ def section_backends(which: str) -> Callable[[Session], None]:
 
 SECTIONS: dict[str, Callable[[Session], None]] = {
     "check": section_check, "rows": section_rows, "decode": section_decode, "prefill": section_prefill,
-    "gemv": section_gemv, "gemm": section_gemm, "layer": section_layer,
+    "library": section_library, "gemv": section_gemv, "gemm": section_gemm, "layer": section_layer,
     **{name: section_backends(name) for name in ("phases", "paged", "sample")},
 }  # fmt: skip
 

@@ -1,8 +1,9 @@
 """Where the steps of a workload spend their time on a GPU: `python -m scripts.gpu_steps --shape llama3-8b`.
 
-Runs a workload of scripts.bench and notes, for each step, what the host did (plan, memory, launch, wait, commit) and how
-long the GPU was at it; prints means by kind of step. With --kernels A:B the steps A to B run under PyTorch's profiler:
-the part of the time in which no kernel runs, and the kernels that take the rest. Those steps are left out of the means.
+Runs a workload of scripts.bench and notes, for each step, what the host did (plan, memory, launch, wait, commit) and
+how long the GPU was at it; prints means by kind of step. With --kernels A:B the steps A to B run under PyTorch's
+profiler: the part of the time in which no kernel runs, and the kernels that take the rest. Those steps are left out of
+the means.
 """
 
 from __future__ import annotations
@@ -71,8 +72,10 @@ class Watch:
             ended.record()
             self.spans.append((began, ended))
             prompts = [chunk for chunk in plan.chunks if chunk.length > 1]
-            self.steps.append({"tokens": sum(chunk.length for chunk in plan.chunks), "prompts": len(prompts),
-                               "decodes": len(plan.chunks) - len(prompts), "at": perf_counter(), **self._now})  # fmt: skip
+            self.steps.append({
+                "tokens": sum(chunk.length for chunk in plan.chunks), "prompts": len(prompts),
+                "decodes": len(plan.chunks) - len(prompts), "at": perf_counter(), **self._now,
+            })  # fmt: skip
             self._now.clear()
             return done
 
@@ -129,8 +132,10 @@ def kernels_of(seen: Any, steps: int) -> dict[str, Any]:
         share[name] = (total + end - begin, calls + 1)
     span = reached - events[0][0]
     top = sorted(share.items(), key=lambda item: -item[1][0])[:18]
-    return {"idle_percent": round(100 * (1 - busy / span), 2), "ms_a_step": round(span / steps / 1e3, 3),
-            "kernels": {name[:70]: [round(us / steps / 1e3, 3), round(n / steps, 1)] for name, (us, n) in top}}  # fmt: skip
+    return {
+        "idle_percent": round(100 * (1 - busy / span), 2), "ms_a_step": round(span / steps / 1e3, 3),
+        "kernels": {name[:70]: [round(us / steps / 1e3, 3), round(n / steps, 1)] for name, (us, n) in top},
+    }  # fmt: skip
 
 
 class Profiled:

@@ -19,9 +19,9 @@ class CudaLinear:
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, *, float_out: bool = False,
                  pdl: bool = False) -> None:  # fmt: skip
-        from tessera_kernels import triton_gemm, triton_gemv
+        from tessera_kernels import cublaslt, triton_gemm, triton_gemv
 
-        self._gemm, self._gemv = triton_gemm, triton_gemv
+        self._gemm, self._gemv, self._library = triton_gemm, triton_gemv, cublaslt
         self.weight, self.bias, self.float_out, self.pdl = weight.contiguous(), bias, float_out, pdl
         self._bulk = triton_gemm.fits(self.weight)
 
@@ -43,6 +43,9 @@ class CudaLinear:
             return self._gemm.gemm(
                 x, self.weight, self.bias, config=config, add_to=add_to, float_out=self.float_out, pdl=self.pdl
             )
+        rank = self._library.measured_rank(x, self.weight.shape[0]) if self.bias is None else None
+        if rank is not None:
+            return self._library.matmul(x, self.weight, rank, add_to=add_to, float_out=self.float_out)
         if add_to is not None and self.bias is None:
             return add_to.addmm_(x, self.weight.t())
         if add_to is not None:
@@ -144,11 +147,13 @@ class CudaLayer:
 class CudaKernels:
     """KernelSet over tessera_kernels' Triton files and PyTorch, on a GPU."""
 
-    def __init__(self, *, pdl: bool = False) -> None:
-        """pdl: kernels may start while the one before ends (programmatic dependent launch)."""
+    def __init__(self, *, pdl: bool | None = None) -> None:
+        """pdl: kernels may start while the one before ends (programmatic dependent launch); None: where the device
+        can."""
         from tessera_kernels import triton_argmax, triton_rmsnorm, triton_rope_store
+        from tessera_kernels.triton_support import starts_early
 
-        self._pdl = pdl
+        self._pdl = starts_early() if pdl is None else pdl
         self._triton_argmax = triton_argmax
         self._rmsnorm, self._rope_store = triton_rmsnorm.rmsnorm, triton_rope_store.rope_store
         # a graph captured with a workspace goes on using it, so outgrown ones are kept
