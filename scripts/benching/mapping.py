@@ -1,8 +1,9 @@
 """mapping: what physical memory on demand costs: a page, and the wait of a step, with and without looking ahead.
 
 A page: every verb of the driver over many pages, one after the other. A step: the time that the engine's thread spent
-growing slots or waiting for the mapper before it could start, apart for steps with a prompt and for decodes alone. The
-price of a first touch (the system clears what it hands out) is in the step's time, not in its stall.
+growing slots or waiting for the mapper before it could start, apart for steps that admit somebody (nobody knew of their
+prompts a step before), for steps that go on with prompts, and for decodes alone. The price of a first touch (the system
+clears what it hands out) is in the step's time, not in its stall.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from scripts.benching.workloads import Workload
 from vattention_ext import KvAllocator, KvGeometry
 
 VERBS = ("create", "map", "allow", "unmap", "destroy")
-KINDS = ("prefill", "decode")
+KINDS = ("admission", "prefill", "decode")
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -86,8 +87,8 @@ def verbs(geometry: KvGeometry, engine: Opened, pages: int, runs: int) -> Record
 class StallExecutor:
     """An executor that notes how long each plan's memory held the engine's thread up; everything else passes through.
 
-    stalls_us, step_us: by kind of step, "prefill" where a plan has a chunk of a prompt, else "decode". A step lasts
-    from the end of the one before (or its own submission, whichever is later) to its own end.
+    stalls_us, step_us: by kind of step. A step lasts from the end of the one before (or its own submission, whichever
+    is later) to its own end.
     """
 
     def __init__(self, inner: Executor, allocator: KvAllocator) -> None:
@@ -104,7 +105,8 @@ class StallExecutor:
         self.inner.submit(plan)
         kind = ""
         if plan.chunks:
-            kind = "prefill" if any(chunk.length > 1 for chunk in plan.chunks) else "decode"
+            prompts = any(chunk.length > 1 for chunk in plan.chunks)
+            kind = "admission" if plan.admissions else "prefill" if prompts else "decode"
             self.stalls_us[kind].append(self._stalled_us() - before_us)
         self._submitted.append((kind, now_s))
 
