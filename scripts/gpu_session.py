@@ -118,9 +118,7 @@ class Session:
 
     def command(self, part: Part) -> list[str]:
         """The process of a part, told where its JSON goes and what was measured before."""
-        command = [sys.executable, "-m", part.module, *part.options]
-        if part.module != "scripts.gpu_allocator":
-            command += ["--json", str(self.out / f"{part.name}.json")]
+        command = [sys.executable, "-m", part.module, *part.options, "--json", str(self.out / f"{part.name}.json")]
         settings, copy = self.settings_file(), self.out / "settings.json"
         if settings is not None and copy.is_file() and not settings.is_file():  # a fresh checkout goes on here
             TUNING.mkdir(exist_ok=True)

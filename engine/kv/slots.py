@@ -8,9 +8,11 @@ from __future__ import annotations
 import torch
 
 from engine.core.errors import ConfigError, InvariantError
-from engine.core.plan import StepPlan
+from engine.core.plan import Chunk, StepPlan
 from engine.runner.batch import Batch
 from vattention_ext import KvAllocator, KvGeometry
+
+AHEAD_TOKENS = 8  # steps that the mapper has for a decode's next page: many sequences may cross into one together
 
 
 class SlotStore:
@@ -27,6 +29,7 @@ class SlotStore:
             raise InvariantError(f"dtype {dtype} is not {geometry.element_bytes} bytes wide")
         self.geometry, self.allocator, self._dtype, self._clear = geometry, allocator, dtype, clear
         self._slot: dict[int, int] = {}
+        self._known: dict[int, int] = {}  # tokens that came with the admission: as far as prompts will run
         self._flat = [torch.from_dlpack(region).view(dtype) for region in allocator.regions]
 
     @property
@@ -48,6 +51,7 @@ class SlotStore:
             slot = self.allocator.acquire(len(admission.tokens))
             if isinstance(slot, int):
                 self._slot[admission.seq_id] = slot
+                self._known[admission.seq_id] = len(admission.tokens)
             else:
                 refused.add(admission.seq_id)
         chunks = [chunk for chunk in plan.chunks if chunk.seq_id not in refused]
@@ -58,15 +62,15 @@ class SlotStore:
         return frozenset(refused)
 
     def look_ahead(self, plan: StepPlan) -> None:
-        """One token beyond each chunk: what a decode needs next, and the first page of a prefill's next chunk."""
-        limit = self.geometry.max_tokens
+        """A prompt's next chunk, taken to be as long as this one, and some tokens of decoding."""
         self.allocator.look_ahead(
-            [
-                (self._slot[chunk.seq_id], chunk.end + 1)
-                for chunk in plan.chunks
-                if chunk.seq_id in self._slot and chunk.end < limit
-            ]
+            [(self._slot[chunk.seq_id], self._soon(chunk)) for chunk in plan.chunks if chunk.seq_id in self._slot]
         )
+
+    def _soon(self, chunk: Chunk) -> int:
+        """Tokens that the chunk's sequence may have a few steps later."""
+        end = max(chunk.end, min(self._known[chunk.seq_id], chunk.end + chunk.length))
+        return min(end + AHEAD_TOKENS, self.geometry.max_tokens)
 
     def fence(self) -> None:
         """See KvStore; on the current stream."""
@@ -123,6 +127,7 @@ class SlotStore:
             "kv_groups_kept": stats.kept_groups,
             "kv_groups_look_ahead": stats.look_ahead_groups,
             "kv_mapped_bytes": stats.mapped_bytes,
+            "kv_stall_us_total": round(stats.map_wait_us + stats.grow_us + stats.fence_wait_us),
         }
 
     def close(self) -> None:
@@ -134,6 +139,7 @@ class SlotStore:
         slot = self._slot.pop(seq_id, None)
         if slot is None:
             return
+        del self._known[seq_id]
         if self._clear:
             self.allocator.trim(slot, 0)
         self.allocator.release(slot)

@@ -26,7 +26,7 @@ class KvStore(Protocol):
         """Release, admit and map for one step. Returns the sequences whose memory was refused; they hold no slot."""
 
     def look_ahead(self, plan: StepPlan) -> None:
-        """While `plan` runs, start mapping what the step after it will need. Best effort, returns at once."""
+        """While `plan` runs, start mapping what the steps after it will need. Best effort, returns at once."""
 
     def fence(self) -> None:
         """The step's kernels are launched: what they may read stays mapped until they are done."""

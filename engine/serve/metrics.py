@@ -41,6 +41,7 @@ COUNTERS = {
     "steps_total": ("tessera_engine_steps", "steps run"),
     "lost_steps_total": ("tessera_engine_lost_steps", "steps that raised; their requests ended with an error"),
     "step_errors": ("tessera_engine_errors", "calls of the engine that raised"),
+    "kv_stall_us_total": ("tessera_kv_stall_microseconds", "time steps spent growing slots or waiting for the mapper"),
     "tokens_run_total": ("tessera_engine_tokens", "tokens run, prompts and outputs"),
 }
 

@@ -1,13 +1,15 @@
 """mapping: what physical memory on demand costs: a page, and the wait of a step, with and without looking ahead.
 
 A page: every verb of the driver over many pages, one after the other. A step: the time that the engine's thread spent
-growing slots or waiting for the mapper before it could start, apart for steps with a prompt and for decodes alone. The
-price of a first touch (the system clears what it hands out) is in the step's time, not in its stall.
+growing slots or waiting for the mapper before it could start, apart for steps that admit somebody (nobody knew of their
+prompts a step before), for steps that go on with prompts, and for decodes alone. The price of a first touch (the system
+clears what it hands out) is in the step's time, not in its stall.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections import deque
 from collections.abc import Sequence
 
 from engine.core.clock import MonotonicClock
@@ -22,6 +24,7 @@ from scripts.benching.workloads import Workload
 from vattention_ext import KvAllocator, KvGeometry
 
 VERBS = ("create", "map", "allow", "unmap", "destroy")
+KINDS = ("admission", "prefill", "decode")
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -84,24 +87,38 @@ def verbs(geometry: KvGeometry, engine: Opened, pages: int, runs: int) -> Record
 class StallExecutor:
     """An executor that notes how long each plan's memory held the engine's thread up; everything else passes through.
 
-    stalls_us: by kind of step, "prefill" where a plan has a chunk of a prompt, else "decode".
+    stalls_us, step_us: by kind of step. A step lasts from the end of the one before (or its own submission, whichever
+    is later) to its own end.
     """
 
     def __init__(self, inner: Executor, allocator: KvAllocator) -> None:
         self.inner, self.allocator = inner, allocator
-        self.stalls_us: dict[str, list[float]] = {"prefill": [], "decode": []}
+        self.stalls_us: dict[str, list[float]] = {kind: [] for kind in KINDS}
+        self.step_us: dict[str, list[float]] = {kind: [] for kind in KINDS}
+        self._clock = MonotonicClock()
+        self._submitted: deque[tuple[str, float]] = deque()
+        self._ended_s = 0.0
 
     def submit(self, plan: StepPlan) -> None:
         """See Executor."""
-        before_us = self._stalled_us()
+        before_us, now_s = self._stalled_us(), self._clock.now_s()
         self.inner.submit(plan)
+        kind = ""
         if plan.chunks:
-            kind = "prefill" if any(chunk.length > 1 for chunk in plan.chunks) else "decode"
+            prompts = any(chunk.length > 1 for chunk in plan.chunks)
+            kind = "admission" if plan.admissions else "prefill" if prompts else "decode"
             self.stalls_us[kind].append(self._stalled_us() - before_us)
+        self._submitted.append((kind, now_s))
 
     def wait(self) -> StepResult:
         """See Executor."""
-        return self.inner.wait()
+        result = self.inner.wait()
+        kind, submitted_s = self._submitted.popleft()
+        now_s = self._clock.now_s()
+        if kind:
+            self.step_us[kind].append(1e6 * (now_s - max(submitted_s, self._ended_s)))
+        self._ended_s = now_s
+        return result
 
     def close(self) -> None:
         """See Executor."""
@@ -123,32 +140,32 @@ def steps(engine: Opened, workload: Workload, runs: int, *, ahead: bool) -> list
     words = "look-ahead on" if ahead else "look-ahead off"
     if not ahead:
         store.look_ahead = lambda plan: None
-    stalls: list[dict[str, list[float]]] = []
-    step_us: list[float] = []
+    watched: list[StallExecutor] = []
     try:
         for number in range(runs):
             store.allocator.reclaim(0)
-            watched = StallExecutor(inner, store.allocator)
-            loop.executor = watched
+            watched.append(StallExecutor(inner, store.allocator))
+            loop.executor = watched[-1]
             found = drive.run(loop, workload, engine.spec.vocab)
-            stalls.append(watched.stalls_us)
-            step_us.append(1e6 * quantile(found.step_s, 0.5))
             print(f"{workload.name}, {words}, run {number + 1}: {found.steps} steps", flush=True)
     finally:
         loop.executor = inner
         if not ahead:
             del store.look_ahead
-    kinds = [kind for kind in ("prefill", "decode") if all(one[kind] for one in stalls)]
-    return [record_of(workload, f"{kind}, {words}", [one[kind] for one in stalls], step_us) for kind in kinds]
+    return [
+        record_of(workload, f"{kind}, {words}", [one.stalls_us[kind] for one in watched],
+                  [quantile(one.step_us[kind], 0.5) for one in watched])
+        for kind in KINDS if all(one.stalls_us[kind] for one in watched)
+    ]  # fmt: skip
 
 
 def record_of(workload: Workload, variant: str, runs: Sequence[Sequence[float]], step_us: Sequence[float]) -> Record:
-    """Stalls of the steps of one kind, by run, and what the longest hundredth is of the run's median step."""
-    figures = [
-        Figure(f"stall_{name}", "us", tuple(quantile(stalls, part) for stalls in runs), False)
-        for name, part in (("p50", 0.5), ("p99", 0.99), ("max", 1.0))
-    ]
-    shares = tuple(100 * quantile(stalls, 0.99) / step for stalls, step in zip(runs, step_us, strict=True))
-    figures.append(Figure("stall_p99 / step", "%", shares, False))
+    """Stalls of the steps of one kind, by run, and what they are of the run's median step of that kind."""
+    figures = []
+    for name, part in (("p50", 0.5), ("p99", 0.99), ("max", 1.0)):
+        stalls = tuple(quantile(one, part) for one in runs)
+        shares = tuple(100 * stall / step for stall, step in zip(stalls, step_us, strict=True))
+        figures.append(Figure(f"stall_{name}", "us", stalls, False))
+        figures.append(Figure(f"stall_{name} / step", "%", shares, False))
     figures.append(Figure("step_p50", "us", tuple(step_us), False))
     return Record(workload.name, tuple(figures), variant, {"steps": [len(stalls) for stalls in runs]})

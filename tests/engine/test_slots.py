@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 
 from engine.core.plan import Admission, Chunk, StepPlan
 from engine.core.request import SamplingParams
-from engine.kv.slots import SlotStore
+from engine.kv.slots import AHEAD_TOKENS, SlotStore
 from vattention_ext import KvAllocator, KvGeometry
 
 TOKENS = 200
@@ -54,3 +56,32 @@ def test_refused_growth_gives_the_slot_back() -> None:
         store.slot_of(2)
     assert store.stats()["kv_slots_active"] == 1
     store.close()
+
+
+@pytest.mark.parametrize(
+    ("chunk", "reach"),
+    [(Chunk(1, 0, 0, 60, False), 120), (Chunk(1, 0, 0, 150, False), TOKENS), (Chunk(1, 0, 0, TOKENS, True), TOKENS)],
+)
+def test_the_mapper_looks_as_far_as_the_schedule_is_known(chunk: Chunk, reach: int) -> None:
+    """A prompt's next chunk, never beyond the prompt, and a few decodes; those are mapped when their steps come."""
+    geometry = KvGeometry(layers=2, kv_heads=2, head_dim=16, element_bytes=4, max_tokens=400, slots=2, page_bytes=4096)
+    allocator = KvAllocator(geometry, pool_groups=geometry.groups_per_slot)
+    store = SlotStore(geometry, allocator, torch.float32)
+    admission = Admission(1, 0, tuple(range(TOKENS)), 0, SamplingParams())
+    plan = StepPlan(0, (chunk,), (admission,))
+    assert not store.apply(plan)
+    store.look_ahead(plan)
+    assert settled(allocator) == geometry.tokens_in(geometry.groups_for(reach + AHEAD_TOKENS))
+    grown_us = allocator.stats().grow_us
+    assert not store.apply(StepPlan(1, (Chunk(1, 0, chunk.end, reach + AHEAD_TOKENS - chunk.end, True),)))
+    assert allocator.stats().grow_us == grown_us, "nothing was left to grow"
+    store.close()
+
+
+def settled(allocator: KvAllocator) -> int:
+    """Tokens mapped in slot 0 once the mapper is through."""
+    deadline = time.perf_counter() + 20
+    while allocator.stats().queued_jobs:
+        assert time.perf_counter() < deadline
+        time.sleep(0.001)
+    return allocator.mapped_tokens(0)

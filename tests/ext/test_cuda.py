@@ -435,16 +435,40 @@ def test_regions_are_the_gpus(fake: FakeCuda, open_kv: Open) -> None:
     assert "dltensor" in repr(kv.regions[0].__dlpack__())
 
 
-def test_the_gpu_script_passes_on_the_fake(fake: FakeCuda) -> None:
-    """What scripts/gpu_allocator.py checks on a real GPU without torch: the model's answers with 2 MiB pages."""
-    from scripts.gpu_allocator_checks import Bench, check_model
+@pytest.fixture
+def bench(fake: FakeCuda) -> Iterator[Any]:
+    """What scripts/gpu_allocator.py works with, on the fake."""
+    from scripts.gpu_allocator_checks import Bench
 
     fake.automatic(True)
-    bench = Bench(str(fake.path), 0, None)
-    found = check_model(bench)
+    yield Bench(str(fake.path), 0, None)
     fake.library.cuCtxSetCurrent(None)
     fake.library.cuDevicePrimaryCtxRelease_v2(0)
-    assert found["operations"] > 200 and fake.violations() == []
+
+
+def test_the_gpu_script_passes_on_the_fake(fake: FakeCuda, bench: Any) -> None:
+    """What scripts/gpu_allocator.py checks on a real GPU without torch: the model's answers with 2 MiB pages."""
+    from scripts.gpu_allocator_checks import check_model
+
+    assert check_model(bench)["operations"] > 200 and fake.violations() == []
+
+
+def test_the_forced_race_passes_on_the_fake(fake: FakeCuda, bench: Any) -> None:
+    """Every way of taking pages away while the reading kernel is in flight waits for its fence."""
+    from scripts.gpu_race import WAYS, check_race
+
+    found = check_race(bench)
+    assert found["ways"] == len(WAYS) == 5 and fake.violations() == []
+
+
+@pytest.mark.parametrize("way", ["steal", "look_ahead", "grow_back", "expire", "lower_limit"])
+def test_the_forced_race_is_one(fake: FakeCuda, bench: Any, way: str) -> None:
+    """Without the fence each way unmaps what the kernel reads."""
+    from scripts.gpu_race import control
+
+    with pytest.raises(RuntimeError):  # the fake refuses the unmapping: the pages cannot come
+        control(bench, way)
+    assert set(fake.violations()) == {"unmap of what a kernel in flight may read"}
 
 
 def test_opening_says_what_is_missing(fake: FakeCuda) -> None:

@@ -37,11 +37,11 @@ def test_engine(case: correctness.Case, tiny: tuple[Path, correctness.Judge]) ->
 
 
 def test_the_allocator_keeps_its_promises() -> None:
-    """Every check of scripts.gpu_allocator, the fenced race among them, and that the race is one without its fence."""
+    """Every check of scripts.gpu_allocator, the forced races and what they are without their fence among them."""
     done = subprocess.run([sys.executable, "-m", "scripts.gpu_allocator"], capture_output=True, text=True, timeout=200,
                           check=False)  # fmt: skip
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    assert "without its fence the race faults" in done.stdout
+    assert "without its fence every race fails" in done.stdout
 
 
 def test_random_load_at_high_utilisation() -> None:

@@ -13,7 +13,7 @@ import engine
 from engine.core.loop import EngineLoop
 from engine.serve.cli import dispatch
 from scripts import bench
-from scripts.benching import attention, drive, engines, http_client, serve, startup
+from scripts.benching import attention, drive, engines, http_client, mapping, serve, startup
 from scripts.benching.ceilings import Device
 from scripts.benching.drive import NotProduced
 from scripts.benching.workloads import Item, Workload, find
@@ -80,10 +80,10 @@ def test_attention_and_mapping(capsys: pytest.CaptureFixture[str]) -> None:
                       "--work", "decode:2x64,chunk:8@64", "--backends", "torch_vattn")  # fmt: skip
     assert [(row["workload"], row["variant"]) for row in rows] == [
         (work, f"torch_vattn {layout}") for layout in ("mega", "per_layer") for work in ("decode:2x64", "chunk:8@64")]
-    rows = figures_of(capsys, "mapping", *TINY, "--pages", "8", "--workload", "4x100+4")
+    rows = figures_of(capsys, "mapping", *TINY, "--pages", "8", "--workload", "4x100+4", "--chunk-size", "64")
     assert rows[0]["variant"] == "memfd" and medians(rows[0])["create"] > 0
     assert [row["variant"] for row in rows[1:]] == [
-        f"{kind}, look-ahead {ahead}" for ahead in ("on", "off") for kind in ("prefill", "decode")]
+        f"{kind}, look-ahead {ahead}" for ahead in ("on", "off") for kind in mapping.KINDS]
     assert all(0 <= medians(row)["stall_p50"] <= medians(row)["stall_max"] for row in rows[1:])
 
 

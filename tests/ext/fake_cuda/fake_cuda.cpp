@@ -9,9 +9,11 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <chrono>
 #include <condition_variable>
 #include <cstdint>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <deque>
 #include <map>
@@ -44,6 +46,7 @@ struct Work {        // of a stream: a kernel that may read a range, or an event
   u64 low = 0, high = 0;
   Event* event = nullptr;
   u64 number = 0;
+  volatile u64* gate = nullptr;  // scripts/gpu_reader.py's kernel: it ends once this is not 0
 };
 struct Fault {
   std::string name;
@@ -115,10 +118,31 @@ bool in_flight(const Device& d, u64 low, u64 high) {
   return false;
 }
 
-void run_one(std::deque<Work>& works) {
+// False where the first piece of work is a kernel whose gate is shut.
+bool run_one(std::deque<Work>& works) {
   const Work work = works.front();
+  if (work.gate != nullptr && *work.gate == 0) return false;
+  if (work.gate != nullptr) work.gate[3] = 1;
   works.pop_front();
   if (work.event != nullptr && work.event->number == work.number) work.event->done = true;
+  return true;
+}
+
+void run(std::deque<Work>& works) {
+  while (!works.empty() && run_one(works)) {
+  }
+}
+
+// The same, waiting for gates.
+void drain(Device& d, Lock& lock, std::deque<Work>& works) {
+  for (run(works); !works.empty(); run(works)) d.advanced.wait_for(lock, std::chrono::milliseconds(1));
+}
+
+// Streams whose gates were opened go on when somebody asks.
+void run_gated(Device& d) {
+  for (auto& [stream, works] : d.streams) {
+    if (!works.empty() && works.front().gate != nullptr) run(works);
+  }
 }
 
 }  // namespace
@@ -184,11 +208,9 @@ int cuCtxPopCurrent_v2(void** context) {
 }
 int cuCtxSynchronize() {
   Device& d = device();
-  const Lock lock(d.mutex);
+  Lock lock(d.mutex);
   const int failed = enter(d, "cuCtxSynchronize");
-  for (auto& [stream, works] : d.streams) {
-    while (!works.empty()) run_one(works);
-  }
+  for (auto& [stream, works] : d.streams) drain(d, lock, works);
   d.advanced.notify_all();
   return failed;
 }
@@ -340,8 +362,8 @@ int cuEventRecord(void* event, void* stream) {
   e->number = d.next_record++;
   e->done = false;
   auto& works = d.streams[stream];
-  works.push_back({0, 0, e, e->number});
-  while (d.automatic && !works.empty()) run_one(works);
+  works.push_back({0, 0, e, e->number, nullptr});
+  if (d.automatic) run(works);
   return kOk;
 }
 int cuEventQuery(void* event) {
@@ -352,13 +374,17 @@ int cuEventQuery(void* event) {
     --d.stale_queries;
     return kNotReady;
   }
+  run_gated(d);
   return static_cast<Event*>(event)->done ? kOk : kNotReady;
 }
 int cuEventSynchronize(void* event) {
   Device& d = device();
   Lock lock(d.mutex);
   if (const int failed = enter(d, "cuEventSynchronize")) return failed;
-  d.advanced.wait(lock, [&] { return static_cast<Event*>(event)->done; });
+  while (!static_cast<Event*>(event)->done) {
+    run_gated(d);
+    d.advanced.wait_for(lock, std::chrono::milliseconds(1));
+  }
   return kOk;
 }
 int cuEventDestroy_v2(void* event) {
@@ -372,11 +398,47 @@ int cuEventDestroy_v2(void* event) {
 }
 int cuStreamSynchronize(void* stream) {
   Device& d = device();
-  const Lock lock(d.mutex);
+  Lock lock(d.mutex);
   if (const int failed = enter(d, "cuStreamSynchronize")) return failed;
-  auto& works = d.streams[stream];
-  while (!works.empty()) run_one(works);
+  drain(d, lock, d.streams[stream]);
   d.advanced.notify_all();
+  return kOk;
+}
+
+// One kernel is known, the one of scripts/gpu_reader.py: it reads a range until its gate opens. Its memory is plain.
+int cuModuleLoadData(void** module, const void*) { *module = nullptr; return kOk; }
+int cuModuleGetFunction(void** function, void*, const char*) { *function = nullptr; return kOk; }
+int cuMemHostAlloc(void** out, std::size_t bytes, unsigned) {
+  *out = std::calloc(1, bytes);
+  return *out == nullptr ? kOutOfMemory : kOk;
+}
+int cuMemFreeHost(void* memory) { std::free(memory); return kOk; }
+int cuMemAlloc_v2(u64* out, std::size_t bytes) {
+  *out = reinterpret_cast<u64>(std::calloc(1, bytes));
+  return *out == 0 ? kOutOfMemory : kOk;
+}
+int cuMemFree_v2(u64 memory) { std::free(reinterpret_cast<void*>(memory)); return kOk; }
+int cuMemsetD32_v2(u64 to, unsigned value, std::size_t count) {
+  auto* words = reinterpret_cast<unsigned*>(to);
+  for (std::size_t i = 0; i < count; ++i) words[i] = value;
+  return kOk;
+}
+int cuStreamCreate(void** out, unsigned) { *out = std::malloc(1); return kOk; }
+int cuStreamDestroy_v2(void* stream) {
+  Device& d = device();
+  const Lock lock(d.mutex);
+  d.streams.erase(stream);
+  std::free(stream);
+  return kOk;
+}
+int cuLaunchKernel(void*, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, void* stream,
+                   void** words, void**) {
+  Device& d = device();
+  const Lock lock(d.mutex);
+  const auto word = [words](int i) { return *static_cast<u64*>(words[i]); };
+  auto* gate = reinterpret_cast<volatile u64*>(word(0));
+  gate[1] = gate[2] = 1;
+  d.streams[stream].push_back({word(2), word(2) + 128 * word(3), nullptr, 0, gate});
   return kOk;
 }
 
@@ -394,7 +456,7 @@ void fake_launch(u64 stream, u64 address, u64 bytes) {
     }
     at = it->first + it->second.bytes;
   }
-  d.streams[reinterpret_cast<void*>(stream)].push_back({address, address + bytes, nullptr, 0});
+  d.streams[reinterpret_cast<void*>(stream)].push_back({address, address + bytes, nullptr, 0, nullptr});
 }
 // The stream runs up to `count` pieces of its work (kernels and events); < 0: all. Returns how many.
 long fake_advance(u64 stream, long count) {
@@ -402,7 +464,8 @@ long fake_advance(u64 stream, long count) {
   const Lock lock(d.mutex);
   auto& works = d.streams[reinterpret_cast<void*>(stream)];
   long ran = 0;
-  for (; !works.empty() && ran != count; ++ran) run_one(works);
+  for (; !works.empty() && ran != count && run_one(works); ++ran) {
+  }
   d.advanced.notify_all();
   return ran;
 }
