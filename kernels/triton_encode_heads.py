@@ -1,9 +1,9 @@
-"""Rotary position embedding and a linear map of every head on a GPU, keys and values stored into the KV slabs: one launch.
+"""Rotary position embedding and a linear map of every head on a GPU, keys and values stored into the slabs: one launch.
 
-A map belongs to a slot and a KV head and lies in a table on the device: an order of the head's entries, int16 (S, G, D),
-or a matrix, float32 (S, G, D, D), applied as head @ map; the query heads of a KV head share it. It knows neither where
-maps come from nor that they are secret. A token of a negative slot stores nothing and gets queries of zero, which is
-how the padding rows of a CUDA graph pass through.
+A map belongs to a slot and a KV head and lies in a table on the device: an order of the head's entries, int16
+(S, G, D), or a matrix, float32 (S, G, D, D), applied as head @ map; the query heads of a KV head share it. It knows
+neither where maps come from nor that they are secret. A token of a negative slot stores nothing and gets queries of
+zero, which is how the padding rows of a CUDA graph pass through.
 """
 
 from __future__ import annotations

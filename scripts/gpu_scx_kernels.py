@@ -1,7 +1,8 @@
 """The kernels of encoded layers against float64 on fresh data, and their times: what tests/gpu and the session share.
 
-Checks are as in scripts/gpu_checks.py: functions that yield (name, relative error, bound), outputs and slabs filled with
-NaN first. Tables are strided by slot, as an engine's are, slots come in runs and one by one, and one is of no slot.
+Checks are as in scripts/gpu_checks.py: functions that yield (name, relative error, bound), outputs and slabs filled
+with NaN first. Tables are strided by slot, as an engine's are, slots come in runs and one by one, and one is of no
+slot.
 """
 
 from __future__ import annotations
@@ -53,8 +54,8 @@ def check_heads(bench: Bench, kind: str, heads: int, groups: int, dim: int) -> F
             out = bench.poison(len(slots), heads, dim)
             encode_store(given, angles, bench.ints(positions), bench.ints(slots), (q_map, k_map, v_map), k, v, heads,
                          one_each=one_each, out=out)  # fmt: skip
-            want = encode_reference(summed.double().cpu()[kept], angles.double().cpu(), own,
-                                    *(one.cpu() for one in (q_map, k_map, v_map)), heads)  # fmt: skip
+            want = encode_reference(summed.double().cpu()[kept], angles.double().cpu(), own, q_map.cpu(), k_map.cpu(),
+                                    v_map.cpu(), heads)
             want_k, want_v = (torch.full(k.shape, float("nan"), dtype=torch.float64) for _ in range(2))
             where = (own.slots.long(), own.positions.long())
             want_k[where], want_v[where] = want[:, heads : heads + groups], want[:, heads + groups :]
@@ -70,7 +71,7 @@ def check_heads(bench: Bench, kind: str, heads: int, groups: int, dim: int) -> F
 
 
 def measure(s: Session) -> None:
-    """Encoding and decoding of Llama-3-8B's heads beside the plain store: decodes of 1 to 256, chunks of 512 to 2048."""
+    """Encoding and decoding of Llama-3-8B's heads beside the plain store: decodes of 1 to 256, chunks of 512, 2048."""
     from scripts.gpu_kernels import DIM, HEADS, KV_HEADS, LAYERS
     from tessera_kernels.triton_rope_store import rope_store
 
