@@ -124,8 +124,8 @@ class DeviceSecureSide(LocalSecureSide):
     def claim(self, batch: Batch) -> None:
         """See SecureSide."""
         step = self._step_of(batch)
-        for layer in self.config.layers:
-            self._expect(layer, step)
+        behind = (self._next[:, step.slots] != step.starts).any(axis=1)
+        self._expect(self.config.layers[int(behind.argmax())], step)  # the first that is not where the step begins
         self._next[:, step.slots] = step.ends
         self._awaiting = [step] * len(self.config.layers)
         shape, layers = self.shape, len(self.config.layers)
