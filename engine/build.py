@@ -5,6 +5,7 @@ The one place that turns settings into objects. It decides nothing per request o
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
 import logging
@@ -194,8 +195,9 @@ def build_runner(
     sampler = (DeviceSampler if device.type == "cuda" else Sampler)(spec.vocab, kernel_set.argmax)
     sessions = Sessions(scx) if scx is not None else None
     return Runner(
-        model, store, sampler, device, replayable=backends[choice.decode].caps.graphs and scx is None, scx=sessions
-    )
+        model, store, sampler, device, scx=sessions,
+        replayable=backends[choice.decode].caps.graphs and (scx is None or scx.secure.in_stream),
+    )  # fmt: skip
 
 
 def choose_attention(spec: ModelSpec, config: EngineConfig, device: torch.device) -> Choice:
@@ -375,24 +377,15 @@ def prepare_gpu(
     tokens = min(config.high_chunk_tokens or config.chunk_tokens or geometry.max_tokens, geometry.max_tokens)
     slot = store.borrow(tokens)
     if runner.scx is not None:
-        log.info("no graphs: encoded layers wait for the secure side in every step")
+        if not runner.scx.scx.secure.in_stream:
+            log.info("no graphs: encoded layers wait for the secure side in every step")
         runner.scx.scx.secure.open(slot, secrets.token_bytes(NONCE_BYTES))
     with torch.inference_mode():
         step = pack([Row(slot, 0, [0] * tokens, True)]).to(runner.device)
         runner.model(store.place(step))
-        layers = getattr(runner.model, "layers", [])
-        if not config.enforce_eager and layers and all(isinstance(layer, CudaLayer) for layer in layers):
-            most = min(tokens + config.max_num_seqs, MOST_PIECE_TOKENS)
-            split: Any = runner.model
-            runner.pieces = PieceGraphs(split, runner.device, most, heads=spec.heads, head_dim=spec.head_dim)
-            runner.pieces.capture(progress)
-        if not config.enforce_eager and runner.replayable:
-            assert isinstance(runner.sampler, DeviceSampler)
-            graphs = DecodeGraphs(
-                runner.model, store.place, runner.newest, runner.sampler, runner.device, min(config.max_num_seqs, 512)
-            )
-            graphs.capture(progress)
-            runner.graphs = graphs
+        if not config.enforce_eager:
+            with contextlib.nullcontext() if runner.scx is None else runner.scx.recording():
+                record_graphs(runner, spec, config, tokens, progress)
     torch.cuda.synchronize()
     if runner.scx is not None:
         runner.scx.scx.secure.close(slot)
@@ -406,6 +399,25 @@ def prepare_gpu(
     log.info("KV pool of %d groups, %d MiB", pool_groups, pool_groups * geometry.group_bytes >> 20)
     store.allocator.set_limit(pool_groups)
     return pool_groups
+
+
+def record_graphs(
+    runner: Runner, spec: ModelSpec, config: EngineConfig, tokens: int, progress: Progress | None
+) -> None:
+    """Give the runner the graphs that its model allows. tokens: prompt tokens of the largest step."""
+    layers = getattr(runner.model, "layers", [])
+    if layers and all(isinstance(layer, CudaLayer) for layer in layers):
+        most = min(tokens + config.max_num_seqs, MOST_PIECE_TOKENS)
+        split: Any = runner.model
+        pieces = PieceGraphs(split, runner.device, most, heads=spec.heads, head_dim=spec.head_dim)
+        pieces.capture(progress)
+        runner.pieces = pieces
+    if runner.replayable:
+        assert isinstance(runner.sampler, DeviceSampler)
+        graphs = DecodeGraphs(runner.model, runner.store.place, runner.newest, runner.sampler, runner.device,
+                              min(config.max_num_seqs, 512))  # fmt: skip
+        graphs.capture(progress)
+        runner.graphs = graphs
 
 
 def build_engine(

@@ -1,7 +1,7 @@
 """Check and time the GPU's kernels: `python -m scripts.gpu_kernels [--sections check,decode,...] [--json PATH]`.
 
 Sections: check (every operation against float64), rows, decode, prefill, gemv, gemm, layer, and of whole backends
-(scripts/gpu_phases.py) phases, paged, sample. Each variant of a kernel
+(scripts/gpu_phases.py) phases, paged, sample; scx (encoded layers). Each variant of a kernel
 is timed in a CUDA graph over rotating buffers; the table prints its speed, its share of the measured ceiling and the
 library beside it. The settings that win go into the JSON file; as kernels/tuning/<device>.json the kernels use them.
 A variant that fails is reported by its error's first line and left out. Shapes are Llama-3-8B's.
@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from engine.attention.base import backends
 from engine.runner.graphs import graph_sizes
 from engine.runner.pieces import piece_sizes
-from scripts import gpu_checks, gpu_timing, gpu_variants
+from scripts import gpu_checks, gpu_scx_kernels, gpu_timing, gpu_variants
 from scripts.gpu_timing import Report, compiling_only, graph_us, show
 from tessera_kernels import cublaslt, triton_gemm, triton_gemv, triton_support
 from tessera_kernels.triton_argmax import RowArgmax
@@ -111,6 +111,9 @@ def section_check(s: Session) -> None:
                 tried.append((f"prefill {heads} {dtype}", partial(gpu_checks.check_prefill, bench, *heads, window)))
         tried.append((f"rows {dtype}", partial(gpu_checks.check_rows, bench, WIDTH, 9, 3, 64)))
         tried.append((f"products {dtype}", partial(gpu_checks.check_products, bench, 1024, WIDTH)))
+        for kind in gpu_scx_kernels.KINDS:
+            for heads in gpu_checks.HEADS if dtype is BF16 else gpu_checks.HEADS[:1]:
+                tried.append((f"{kind} {heads} {dtype}", partial(gpu_scx_kernels.check_heads, bench, kind, *heads)))
     bench = gpu_checks.Bench("cuda", BF16)
     tried += [(name, partial(gpu_checks.check_backend, bench, name)) for name in ("triton_vattn", "triton_paged")]
     built = [found for _, found in tried]
@@ -452,6 +455,7 @@ SECTIONS: dict[str, Callable[[Session], None]] = {
     "check": section_check, "rows": section_rows, "decode": section_decode, "prefill": section_prefill,
     "library": section_library, "gemv": section_gemv, "gemm": section_gemm, "layer": section_layer,
     **{name: section_backends(name) for name in ("phases", "paged", "sample")},
+    "scx": gpu_scx_kernels.measure,
 }  # fmt: skip
 
 

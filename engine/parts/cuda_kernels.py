@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from engine.parts.kernel_set import Layer, kernel_sets
 from engine.parts.layer import Attention, PreNormLayer
 from engine.runner.batch import Batch
+from engine.scx.attention import ScxAttention
 
 
 class CudaLinear:
@@ -79,6 +80,32 @@ class CudaGatedLinear:
         return self._silu_mul(both(x), both.pdl)
 
 
+class PlainPath:
+    """What stands between the projections of a plain layer; ScxAttention is an encoded one's."""
+
+    def __init__(self, attention: Attention, pdl: bool) -> None:
+        from tessera_kernels.triton_rope_store import rope_store
+
+        self._attention, self._rope_store, self._pdl = attention, rope_store, pdl
+
+    def encode(self, projected: torch.Tensor, batch: Batch, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Projections (N, (H + 2G) * D), or their parts -> queries (N, H, D); keys and values are stored."""
+        a = self._attention
+        slots, rows = batch.places
+        return self._rope_store(
+            projected, a.rope, batch.positions, slots, a.k, a.v, a.heads, rows=rows, out=out, pdl=self._pdl
+        )
+
+    def attend(self, q: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """(N, H, D) -> (N, H * D)."""
+        a = self._attention
+        return a.backend.attend(q, a.k, a.v, batch, a.window)
+
+    def decode(self, attended: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """Nothing was encoded."""
+        return attended
+
+
 class CudaLayer:
     """A pre-norm layer with fewer launches: norms inside one-row products, parts of cut products summed by the
     operation that reads them. Sums run in another order than step by step, so bits may differ within rounding."""
@@ -86,39 +113,31 @@ class CudaLayer:
     def __init__(self, layer: PreNormLayer) -> None:
         from tessera_kernels.triton_gemv import gemv
         from tessera_kernels.triton_rmsnorm import rmsnorm
-        from tessera_kernels.triton_rope_store import rope_store
 
-        self._gemv, self._rmsnorm, self._rope_store = gemv, rmsnorm, rope_store
+        self._gemv, self._rmsnorm = gemv, rmsnorm
         attention, mlp = layer.attention, layer.mlp
-        assert isinstance(attention, Attention)
+        assert isinstance(attention, Attention | ScxAttention)
         assert isinstance(attention.qkv, CudaLinear) and isinstance(attention.out, CudaLinear)
         assert isinstance(mlp.gate_up, CudaGatedLinear) and isinstance(mlp.down, CudaLinear)
         self._qkv, self._out, self._gate_up, self._down = attention.qkv, attention.out, mlp.gate_up, mlp.down
-        self._attention, self._norms = attention, (layer.input_norm, layer.post_norm)
-
-    def _rotate(self, qkv: torch.Tensor, batch: Batch, out: torch.Tensor | None = None) -> torch.Tensor:
-        """qkv (N, (H + 2G) * D) or its parts -> queries (N, H, D); keys and values are stored."""
-        a = self._attention
-        slots, rows = batch.places
-        return self._rope_store(
-            qkv, a.rope, batch.positions, slots, a.k, a.v, a.heads, rows=rows, out=out, pdl=self._qkv.pdl
-        )
+        self._path = attention if isinstance(attention, ScxAttention) else PlainPath(attention, self._qkv.pdl)
+        self._norms = (layer.input_norm, layer.post_norm)
 
     def before(self, hidden: torch.Tensor, batch: Batch, out: torch.Tensor | None = None) -> torch.Tensor:
         """What stands before attention: hidden (N, C) -> queries (N, H, D), in `out` where given."""
         norm, pdl = self._norms[0], self._qkv.pdl
         normed = self._rmsnorm(hidden, norm.weight, norm.eps, pdl=pdl)
         parts = self._qkv.parts(normed)
-        return self._rotate(self._qkv(normed) if parts is None else parts, batch, out)
+        return self._path.encode(self._qkv(normed) if parts is None else parts, batch, out)
 
     def attend(self, q: torch.Tensor, batch: Batch) -> torch.Tensor:
         """Attention alone: queries (N, H, D) -> (N, H * D)."""
-        a = self._attention
-        return a.backend.attend(q, a.k, a.v, batch, a.window)
+        return self._path.attend(q, batch)
 
-    def after(self, hidden: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+    def after(self, hidden: torch.Tensor, attended: torch.Tensor, batch: Batch) -> torch.Tensor:
         """What stands behind attention, onto hidden (N, C) in place."""
         norm, pdl = self._norms[1], self._qkv.pdl
+        attended = self._path.decode(attended, batch)
         parts = self._out.parts(attended)
         if parts is None:
             self._out(attended, add_to=hidden)
@@ -131,14 +150,15 @@ class CudaLayer:
         """hidden: (N, C), updated in place. See Layer."""
         if hidden.shape[0] == 1:
             return self._one_row(hidden, batch)
-        return self.after(hidden, self.attend(self.before(hidden, batch), batch))
+        return self.after(hidden, self.attend(self.before(hidden, batch), batch), batch)
 
     def _one_row(self, hidden: torch.Tensor, batch: Batch) -> torch.Tensor:
         """The same for one token: both norms are taken inside the products behind them."""
         (before, after), pdl = self._norms, self._qkv.pdl
         gemv, both = self._gemv, self._gate_up.both
         qkv = gemv(hidden, self._qkv.weight, self._qkv.bias, norm=before.weight, eps=before.eps, pdl=pdl)
-        self._out(self.attend(self._rotate(qkv, batch), batch), add_to=hidden)
+        attended = self.attend(self._path.encode(qkv, batch), batch)
+        self._out(self._path.decode(attended, batch), add_to=hidden)
         inner = gemv(hidden, both.weight, both.bias, norm=after.weight, eps=after.eps, gated=True, pdl=pdl)
         return self._down(inner, add_to=hidden)
 
@@ -198,7 +218,9 @@ class CudaKernels:
 
     def fuse(self, layer: Layer) -> Layer:
         """See KernelSet. Results agree within rounding, not bitwise."""
-        if isinstance(layer, PreNormLayer) and isinstance(layer.attention, Attention):
+        attention = layer.attention if isinstance(layer, PreNormLayer) else None
+        in_stream = isinstance(attention, ScxAttention) and attention.scx.secure.in_stream
+        if isinstance(layer, PreNormLayer) and (in_stream or isinstance(attention, Attention)):
             return CudaLayer(layer)
         return layer
 

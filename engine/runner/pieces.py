@@ -31,7 +31,7 @@ class SplitLayer(Protocol):
     def attend(self, q: torch.Tensor, batch: Batch) -> torch.Tensor:
         """(N, H, D) -> (N, H * D)."""
 
-    def after(self, hidden: torch.Tensor, attended: torch.Tensor) -> object:
+    def after(self, hidden: torch.Tensor, attended: torch.Tensor, batch: Batch) -> object:
         """Onto hidden (N, C) in place."""
 
 
@@ -123,11 +123,11 @@ class PieceGraphs:
             layers[0].before(hidden, step, q)
 
         def between(index: int) -> None:
-            layers[index - 1].after(hidden, attended)
+            layers[index - 1].after(hidden, attended, step)
             layers[index].before(hidden, step, q)
 
         def last() -> None:
-            layers[-1].after(hidden, attended)
+            layers[-1].after(hidden, attended, step)
 
         return [first, *(lambda i=i: between(i) for i in range(1, len(layers))), last]  # type: ignore[misc]
 

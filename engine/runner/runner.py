@@ -153,12 +153,19 @@ class Runner:
         """(R,) ids on the device, noted as the newest of their slots; None when nothing is sampled. Logprobs that are
         wanted go into `launched`."""
         if self.graphs is not None and self.graphs.fits(host, picks):
-            return self.graphs(host, picks)
+            if self.scx is not None:
+                self.scx.claim(host)
+            picked = self.graphs(host, picks)
+            if self.scx is not None:
+                self.scx.seal(host)
+            return picked
         batch = host.to(self.device)
         batch.tokens = self.newest.resolve(batch)
         batch = self.store.place(batch)
-        pieces = self.pieces
-        logits = pieces(batch) if pieces is not None and pieces.fits(batch) else self.model(batch)  # (R, V)
+        pieces = self.pieces if self.pieces is not None and self.pieces.fits(batch) else None
+        if pieces is not None and self.scx is not None:
+            self.scx.claim(batch)
+        logits = self.model(batch) if pieces is None else pieces(batch)  # (R, V)
         if not picks:
             return None
         raw = RawRows(logits, picks) if any(pick.params.logprobs is not None for pick in picks) else None

@@ -7,7 +7,7 @@ no keys; what it holds of a row is what the compute device may see.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -40,6 +40,15 @@ class Scx:
     secure: SecureSide
     observer: Observer | None = None
     backend: AttentionBackend | None = None  # in place of the engine's, where one key a request is not enough
+    slabs: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)  # K and V views by encoded layer
+
+    def seal(self, layer: int, batch: Batch) -> None:
+        """Shuffle the blocks that a step made full, between the layer's encode and its decode or behind the step."""
+        full = self.secure.seal(layer, batch) if self.config.page_seal else None
+        if full is not None:
+            shuffle_blocks(*self.slabs[layer], full)
+            if self.observer is not None:
+                self.observer("V3", layer, full._asdict())
 
 
 @dataclass(eq=False, slots=True)
@@ -55,24 +64,35 @@ class ScxAttention:
     v: torch.Tensor
     window: int
 
+    def __post_init__(self) -> None:
+        self.scx.slabs[self.layer] = (self.k, self.v)
+
     def __call__(self, x: torch.Tensor, batch: Batch, add_to: torch.Tensor) -> None:
         """x: (N, C), normed; add_to: (N, C) residual stream, updated in place. Raises ScxError before that."""
-        secure, layer = self.scx.secure, self.layer
-        projected = self.qkv(x)
-        q = secure.encode_store(layer, projected, batch, self.k, self.v)  # (N, H, D)
-        attended = self.backend.attend(q, self.k, self.v, batch, self.window)  # (N, H * D)
+        q = self.encode(self.qkv(x), batch)
+        self.out(self.decode(self.attend(q, batch), batch), add_to=add_to)
+
+    def encode(self, projected: torch.Tensor, batch: Batch, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Projections (N, (H + 2G) * D) -> queries (N, H, D), in `out` where given; keys and values are stored."""
+        q = self.scx.secure.encode_store(self.layer, projected, batch, self.k, self.v, out)
         if self.scx.observer is not None:
             self._show(batch, q, projected)
-        if self.scx.config.page_seal:
-            full = secure.seal(layer, batch)  # later steps see these rows whole, whatever their order
-            if full is not None:
-                shuffle_blocks(self.k, self.v, full)
-                if self.scx.observer is not None:
-                    self.scx.observer("V3", layer, full._asdict())
-        decoded = secure.decode(layer, attended, batch)
+        return q
+
+    def attend(self, q: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """Attention alone: queries (N, H, D) -> (N, H * D), still encoded. Blocks that became full are shuffled behind
+        it: later steps see these rows whole, whatever their order."""
+        attended = self.backend.attend(q, self.k, self.v, batch, self.window)
+        if not self.scx.secure.recording:  # what a graph will do to its steps' blocks, nobody knows yet
+            self.scx.seal(self.layer, batch)
+        return attended
+
+    def decode(self, attended: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """(N, H * D) of the values themselves."""
+        decoded = self.scx.secure.decode(self.layer, attended, batch)
         if self.scx.observer is not None:
-            self.scx.observer("V4", layer, {"attended": attended, "decoded": decoded})
-        self.out(decoded, add_to=add_to)
+            self.scx.observer("V4", self.layer, {"attended": attended, "decoded": decoded})
+        return decoded
 
     def _show(self, batch: Batch, q: torch.Tensor, projected: torch.Tensor) -> None:
         """Tell the observer what stands on the compute device after encoding."""
@@ -81,7 +101,7 @@ class ScxAttention:
         rows = {"k": self.k[where], "v": self.v[where], "slots": batch.token_slots, "positions": batch.positions}
         self.scx.observer("V1", self.layer, rows)
         self.scx.observer("V3", self.layer, {"q": q})
-        self.scx.observer("V4", self.layer, {"qkv": projected})
+        self.scx.observer("V4", self.layer, {"qkv": projected if projected.dim() == 2 else projected.sum(0)})
 
 
 def shuffle_blocks(k: torch.Tensor, v: torch.Tensor, full: SealOrder) -> None:

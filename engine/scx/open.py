@@ -60,10 +60,19 @@ def open_scx(
     else:
         if root is None:
             root = fresh_root() if config.key_file is None else read_root(config.key_file)
-        make = SegmentedSide if config.segment_tokens else LocalSecureSide
+        make: type[LocalSecureSide] = SegmentedSide if config.segment_tokens else LocalSecureSide
+        if make is LocalSecureSide and compute.type == "cuda":
+            make = side_of(config, compute)
         side = make(config, shape, rope, root, model_identity(spec), compute)
     backend = SegmentBackend(config.segment_tokens, spec.head_dim**-0.5) if config.segment_tokens else None
     return Scx(config, side, backend=backend)
+
+
+def side_of(config: ScxConfig, compute: torch.device) -> type[LocalSecureSide]:
+    """Which local side answers a GPU."""
+    from engine.scx.on_device import DeviceSecureSide  # loads Triton
+
+    return DeviceSecureSide if indexed(torch.device(config.secure_device)) == indexed(compute) else LocalSecureSide
 
 
 def _say(config: ScxConfig, shape: HeadShape, compute: torch.device) -> None:

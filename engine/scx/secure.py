@@ -68,6 +68,8 @@ class SecureSide(ABC):
     """Encodes and decodes; see the module. Every method raises an ScxError rather than answering in plaintext."""
 
     traffic: Traffic
+    in_stream = False  # whether its answers are launches alone, which a graph may hold; then it has claim()
+    recording = False  # whether what it launches now is being recorded, and belongs to no step yet
 
     @abstractmethod
     def open(self, slot: int, nonce: bytes, *, tenant: bytes = b"", epoch: int = 0) -> str:
@@ -87,13 +89,20 @@ class SecureSide(ABC):
         """qkv: (N, (H + 2G) * D), the projections of the batch's rows before rotation."""
 
     def encode_store(
-        self, layer: int, qkv: torch.Tensor, batch: Batch, k: torch.Tensor, v: torch.Tensor
-    ) -> torch.Tensor:
-        """encode(), with k' and v' written to their places in the slabs k, v (S, C, G, D). Returns q'."""
+        self, layer: int, qkv: torch.Tensor, batch: Batch, k: torch.Tensor, v: torch.Tensor,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:  # fmt: skip
+        """encode(), with k' and v' written to their places in the slabs k, v (S, C, G, D). Returns q', in `out` where
+        given."""
         encoded = self.encode(layer, qkv, batch)
         where = (batch.token_slots.long(), batch.positions.long())
         k[where], v[where] = encoded.k, encoded.v
-        return encoded.q
+        return encoded.q if out is None else out.copy_(encoded.q)
+
+    def claim(self, batch: Batch) -> None:
+        """Where in_stream: a step whose encodes and decodes are replayed has its rows counted in every layer at once.
+        Raises an ScxError, and nothing of the step may run."""
+        raise OutOfOrder("this secure side answers calls; nothing of it can be replayed")
 
     @abstractmethod
     def seal(self, layer: int, batch: Batch) -> SealOrder | None:
@@ -240,7 +249,15 @@ class LocalSecureSide(SecureSide):
         width, count = (shape.heads + 2 * shape.kv_heads) * shape.head_dim, step.rows.positions.shape[0]
         if tuple(qkv.shape) != (count, width):
             raise ShapeMismatch(f"layer {layer}: {tuple(qkv.shape)} for scheduled rows of ({count}, {width})")
-        expected = self._next[place, step.slots]
+        self._expect(layer, step)
+        self._next[place, step.slots] = step.ends
+        self._awaiting[place] = step
+        step.dtype = qkv.dtype
+        return place, step
+
+    def _expect(self, layer: int, step: Step) -> None:
+        """Raises an ScxError unless a step's rows are the next of their sessions in a layer, and not too many."""
+        expected = self._next[self._place_of(layer), step.slots]
         if (expected != step.starts).any():
             wrong = int(np.flatnonzero(expected != step.starts)[0])
             slot, start, want = int(step.slots[wrong]), int(step.starts[wrong]), int(expected[wrong])
@@ -249,10 +266,6 @@ class LocalSecureSide(SecureSide):
             raise OutOfOrder(f"layer {layer}, slot {slot}: rows from position {start}, but {want} is next")
         if int(step.ends.max()) > self._rope.shape[0]:
             raise ShapeMismatch(f"position {int(step.ends.max()) - 1} is outside 0..{self._rope.shape[0] - 1}")
-        self._next[place, step.slots] = step.ends
-        self._awaiting[place] = step
-        step.dtype = qkv.dtype
-        return place, step
 
     def _place_of(self, layer: int) -> int:
         place = self._place.get(layer)
@@ -290,29 +303,38 @@ class LocalSecureSide(SecureSide):
         return Encoded(*(part.view(like.shape) for part, like in zip(crossed, done, strict=True)))
 
     def encode_store(
-        self, layer: int, qkv: torch.Tensor, batch: Batch, k: torch.Tensor, v: torch.Tensor
-    ) -> torch.Tensor:
+        self, layer: int, qkv: torch.Tensor, batch: Batch, k: torch.Tensor, v: torch.Tensor,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:  # fmt: skip
         """See SecureSide. On one device rotation, maps and stores are one kernel, and k', v' exist in the slab only."""
         if self.device != self.compute:
-            return super().encode_store(layer, qkv, batch, k, v)
+            return super().encode_store(layer, qkv, batch, k, v, out)
         place, step = self._claim(layer, qkv, batch)
         maps = self._tables[place]
         self._count(qkv, qkv)
-        return encode_store(qkv, self._rope, step.rows, (maps.q, maps.k, maps.v), k, v, self.shape.heads)
+        return encode_store(qkv, self._rope, step.rows, (maps.q, maps.k, maps.v), k, v, self.shape.heads, out=out)
 
     def decode(self, layer: int, attended: torch.Tensor, batch: Batch) -> torch.Tensor:
         """See SecureSide."""
         place, step = self._awaited(layer, batch)
-        if tuple(attended.shape) != (step.rows.tables.shape[0], self.shape.heads * self.shape.head_dim):
-            raise ShapeMismatch(f"layer {layer}: {tuple(attended.shape)} is not the output of the scheduled rows")
+        self._check_output(layer, attended, step)
         self._awaiting[place] = None
         table = self._tables[place].out
         decoded = decode(attended.to(self.device), step.rows.tables, table, self.shape.heads)
         self._count(attended, decoded)
         return decoded.to(self.compute)
 
+    def _check_output(self, layer: int, attended: torch.Tensor, step: Step) -> None:
+        if tuple(attended.shape) != (step.rows.tables.shape[0], self.shape.heads * self.shape.head_dim):
+            raise ShapeMismatch(f"layer {layer}: {tuple(attended.shape)} is not the output of the scheduled rows")
+
     def seal(self, layer: int, batch: Batch) -> SealOrder | None:
         """See SecureSide."""
+        full = self._orders(layer, batch)
+        return None if full is None else SealOrder(*(made.to(self.compute) for made in full))
+
+    def _orders(self, layer: int, batch: Batch) -> SealOrder | None:
+        """What seal() tells, in host memory."""
         _, step = self._awaited(layer, batch)
         size = self.config.seal_tokens
         full = zip(step.slots.tolist(), (step.starts // size).tolist(), (step.ends // size).tolist(), strict=True)
@@ -325,7 +347,7 @@ class LocalSecureSide(SecureSide):
             orders.append(permutations(self._sessions[slot].keys, "row", labels, size))  # told to the compute device
         order = torch.from_numpy(np.concatenate(orders)).view(len(blocks), len(heads), size)
         slots, firsts = torch.tensor([[slot, block * size] for slot, block in blocks]).unbind(1)
-        return SealOrder(slots.to(self.compute), firsts.to(self.compute), order.long().to(self.compute))
+        return SealOrder(slots, firsts, order.long())
 
 
 def indexed(device: torch.device) -> torch.device:

@@ -6,9 +6,11 @@ Every epoch of a sequence is a session of its own, with a nonce of its own. It k
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 
 from engine.core.plan import StepPlan
+from engine.runner.batch import Batch
 from engine.scx.attention import Scx
 from engine.scx.errors import WorkerLost
 
@@ -44,6 +46,24 @@ class Sessions:
         """Whether a sequence's session is gone, so that none of its rows can be encoded any more."""
         slot = self._slots.get(seq_id)
         return slot is None or not self.scx.secure.holds(slot)
+
+    def claim(self, batch: Batch) -> None:
+        """Before a step that is replayed from graphs. Raises an ScxError."""
+        self.scx.secure.claim(batch)
+
+    def seal(self, batch: Batch) -> None:
+        """Behind a step that was replayed as a whole, attention too."""
+        for layer in self.scx.config.layers:
+            self.scx.seal(layer, batch)
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """What runs inside is recorded and belongs to no step."""
+        self.scx.secure.recording = True
+        try:
+            yield
+        finally:
+            self.scx.secure.recording = False
 
     def _close(self, seq_id: int) -> None:
         self.namespaces.pop(seq_id, None)

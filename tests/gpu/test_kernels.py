@@ -17,7 +17,7 @@ import triton
 
 from engine.attention.base import backends
 from scripts import gpu_checks as checks
-from scripts import gpu_timing
+from scripts import gpu_scx_kernels, gpu_timing
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 if not (torch.cuda.is_available() or INTERPRETED):
@@ -85,6 +85,13 @@ def test_products(dtype: torch.dtype, rows: int, width: int) -> None:
 def test_library(dtype: torch.dtype) -> None:
     """Every algorithm that cuBLASLt proposes is right, so that the table may name any."""
     judge(checks.check_library(checks.Bench(DEVICE, dtype)))
+
+
+@pytest.mark.parametrize("kind", gpu_scx_kernels.KINDS)
+@pytest.mark.parametrize(("dtype", "heads", "kv_heads", "dim"), SHAPES)
+def test_encoded_heads(dtype: torch.dtype, kind: str, heads: int, kv_heads: int, dim: int) -> None:
+    """Rotation, maps and stores in one launch and the way back, from runs of a slot and from slots one by one."""
+    judge(gpu_scx_kernels.check_heads(checks.Bench(DEVICE, dtype), kind, heads, kv_heads, dim))
 
 
 @pytest.mark.skipif(INTERPRETED, reason="graphs want a device")

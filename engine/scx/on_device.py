@@ -1,0 +1,178 @@
+"""The secure side on the compute device itself: every answer is a launch, in the order of that device's stream.
+
+Maps of a session are derived on the host and travel once, when it is opened, into its slot's row of a table that never
+moves; so encodes and decodes may stand in a CUDA graph, and a step's rows are then claimed before it is replayed. It is
+no isolation: keys' maps lie in the memory of the device that attends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from engine.runner.batch import Batch
+from engine.scx.keys import SessionKeys
+from engine.scx.schemes import Maps
+from engine.scx.secure import LocalSecureSide, SealOrder, Session, Step, clear
+
+STAGING_BYTES = 64 << 20  # of host memory for maps on their way, where that is enough for two sessions
+MOST_STAGED = 64
+
+
+class Staging:
+    """Host memory through which a session's maps travel, pinned where they go to a GPU. What was sent is cleared as
+    soon as somebody looks and it has arrived."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+        self._pinned = device.type == "cuda"
+        each = int(np.prod(shape)) * dtype.itemsize
+        self._count = min(MOST_STAGED, max(2, STAGING_BYTES // max(1, each)))
+        self._shape, self._dtype = shape, dtype
+        self._free: list[torch.Tensor] = []
+        self._sent: list[tuple[torch.Tensor, torch.cuda.Event | None]] = []  # oldest first
+
+    def send(self, fill: Callable[[torch.Tensor], None], into: torch.Tensor) -> None:
+        """Let `fill` write the maps and start their copy. Waits only while all of the memory is on its way."""
+        self.sweep(wait=len(self._sent) >= self._count)
+        if self._free:
+            staged = self._free.pop()
+        else:
+            staged = torch.zeros(self._shape, dtype=self._dtype, pin_memory=self._pinned)
+        arrived = None
+        try:
+            fill(staged)
+            into.copy_(staged, non_blocking=True)
+            if self._pinned:
+                arrived = torch.cuda.Event()
+                arrived.record()
+        finally:
+            self._sent.append((staged, arrived))
+
+    def sweep(self, *, wait: bool = False) -> None:
+        """Clear what has arrived. wait: for the oldest, at least."""
+        while self._sent:
+            staged, arrived = self._sent[0]
+            if arrived is not None and wait:
+                arrived.synchronize()
+            if arrived is not None and not arrived.query():
+                return
+            wait = False
+            clear((staged,))
+            self._free.append(self._sent.pop(0)[0])
+
+    def drain(self) -> None:
+        """Clear everything, waiting for it."""
+        while self._sent:
+            self.sweep(wait=True)
+
+
+class DeviceSecureSide(LocalSecureSide):
+    """LocalSecureSide whose device is the compute device, with one key a session."""
+
+    in_stream = True
+    _element_bytes = 0  # of the rows that cross; known once one has
+
+    def _make_tables(self) -> list[Maps]:
+        """As LocalSecureSide's, but views of one table (slots, L, T, G, D[, D]), so that a session's row is whole."""
+        from tessera_kernels import triton_decode_heads, triton_encode_heads
+
+        self._encode, self._decode = triton_encode_heads.encode_store, triton_decode_heads.decode_heads
+        dim, scheme = self.shape.head_dim, self.scheme
+        row = (len(self.config.layers), scheme.tables, self.shape.kv_heads, dim, *((dim,) if scheme.matrices else ()))
+        dtype = torch.float32 if scheme.matrices else torch.int16
+        self._whole = torch.zeros((self.shape.slots, *row), dtype=dtype, device=self.device)
+        self._staging = Staging(row, dtype, self.device)
+        return [Maps(each[0], each[-3], each[-2], each[-1])
+                for each in (layer.unbind(1) for layer in self._whole.unbind(1))]  # fmt: skip
+
+    # ------------------------------------------------------------ sessions
+
+    def _fill(self, slot: int, session: Session) -> None:
+        """Derive a session's maps and send them, all at once, into its row."""
+        self._staging.send(lambda staged: self._derive(session.keys, staged), self._whole[slot])
+
+    def _derive(self, keys: SessionKeys, staged: torch.Tensor) -> None:
+        for layer, into in zip(self.config.layers, staged, strict=True):
+            maps = self.scheme.maps(keys, (layer,), self.shape.kv_heads, self.shape.head_dim)
+            try:
+                for made, place in zip(maps[4 - self.scheme.tables :], into, strict=True):
+                    place.copy_(made[0])
+            finally:
+                clear(maps)
+
+    def _wipe(self, slot: int, session: Session) -> None:
+        """See LocalSecureSide. Behind whatever still runs with these maps."""
+        session.keys.clear()
+        clear((self._whole[slot],))
+        self._staging.sweep()
+
+    def shut(self) -> None:
+        """See SecureSide."""
+        super().shut()
+        self._staging.drain()
+
+    # ------------------------------------------------------------ rows
+
+    def _step_of(self, batch: Batch) -> Step:
+        """Counted on the host; kernels read slots and positions where the batch has them."""
+        if self._step is None or self._step.batch is not batch:
+            self._step = Step.of(batch, torch.device("cpu"))
+        return self._step
+
+    def claim(self, batch: Batch) -> None:
+        """See SecureSide."""
+        step = self._step_of(batch)
+        behind = (self._next[:, step.slots] != step.starts).any(axis=1)
+        self._expect(self.config.layers[int(behind.argmax())], step)  # the first that is not where the step begins
+        self._next[:, step.slots] = step.ends
+        self._awaiting = [step] * len(self.config.layers)
+        shape, layers = self.shape, len(self.config.layers)
+        row = 2 * (shape.heads + shape.kv_heads) * shape.head_dim
+        self._crossed(2 * layers, layers * step.rows.positions.shape[0] * row)
+
+    def _crossed(self, calls: int, elements: int) -> None:
+        """Count what would cross if the secure side were another device: so many elements there and as many back."""
+        self.traffic.calls += calls
+        self.traffic.bytes_in += elements * self._element_bytes
+        self.traffic.bytes_out += elements * self._element_bytes
+
+    def encode_store(
+        self, layer: int, qkv: torch.Tensor, batch: Batch, k: torch.Tensor, v: torch.Tensor,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:  # fmt: skip
+        """See SecureSide; qkv may also be (P, N, ...) float32 parts that add up to the projections."""
+        self._element_bytes = k.element_size()
+        if not self.recording:
+            rows = qkv if qkv.dim() == 2 else qkv[0]
+            self._claim(layer, rows, batch)
+            self._crossed(1, rows.numel())
+        maps = self._tables[self._place_of(layer)]
+        slots, places = batch.places
+        return self._encode(qkv, self._rope, batch.positions, slots, (maps.q, maps.k, maps.v), k, v, self.shape.heads,
+                            one_each=one_each(batch), rows=places, out=out)  # fmt: skip
+
+    def decode(self, layer: int, attended: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """See SecureSide."""
+        place = self._place_of(layer)
+        if not self.recording:
+            place, step = self._awaited(layer, batch)
+            self._check_output(layer, attended, step)
+            self._awaiting[place] = None
+            self._crossed(1, attended.numel())
+        return self._decode(attended, batch.places[0], self._tables[place].out, self.shape.heads,
+                            one_each=one_each(batch))  # fmt: skip
+
+    def seal(self, layer: int, batch: Batch) -> SealOrder | None:
+        """See SecureSide."""
+        found = self._orders(layer, batch)
+        if found is None or self.device.type == "cpu":
+            return found
+        sent = (made.pin_memory().to(self.device, non_blocking=True) for made in found)
+        return SealOrder(*sent)
+
+
+def one_each(batch: Batch) -> bool:
+    """Whether every token of a batch is another sequence's."""
+    return batch.slots.shape[0] == batch.positions.shape[0]

@@ -1,0 +1,326 @@
+"""Encoded layers on a GPU, right and at what cost: `python -m scripts.gpu_scx [--parts ...] [--budget-s N] [--json F]`.
+
+Parts, in order: kernels (against float64), layers (scripts.scx_exactness on this device), engine (greedy tokens of a
+tiny model judged in float32 as in scripts.gpu_correctness, by scheme, secure device, graphs, seal and segments), cuda
+and cpu (that secure device: decodes at batch 64 and a chat workload on random weights of a real shape, plain and
+encoded runs in turns, with bytes and round trips beside the formula of docs/scx.md). The JSON is written after each
+line, so a cut-off loses nothing; status 1 if anything was wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import logging
+import statistics
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from time import perf_counter
+from typing import Any, cast
+
+import torch
+
+from engine.build import build_engine, resolve
+from engine.core.config import EngineConfig
+from engine.core.errors import ConfigError, TesseraError
+from engine.core.loop import EngineLoop
+from engine.loading.spec import ModelSpec
+from scripts import gpu_correctness as correctness
+from scripts import scx_exactness
+from scripts.benching import drive
+from scripts.benching.shapes import SHAPES, write_folder
+from scripts.benching.workloads import Workload, equal, find
+
+PARTS = ("kernels", "layers", "engine", "cuda", "cpu")
+SCHEMES = ("perm", "rotate", "mix", "perm-static")
+BATCH, CONTEXT, DECODES = 64, 512, 160
+SETTLED = 20  # decode steps at either end that do not count
+
+
+@dataclass
+class Session:
+    """What was found so far, and how much time is left."""
+
+    device: str
+    ends_s: float
+    file: Path | None
+    found: dict[str, Any] = field(default_factory=dict)
+    wrong: int = 0
+
+    def spent(self) -> bool:
+        """Whether nothing more may begin."""
+        return perf_counter() > self.ends_s
+
+    def keep(self, part: str, line: dict[str, Any]) -> None:
+        """Add a line to a part's list and write everything down."""
+        self.found.setdefault(part, []).append(line)
+        if self.file is not None:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            self.file.write_text(json.dumps(self.found, indent=1) + "\n", encoding="utf-8")
+
+    def judge(self, part: str, name: str, check: Callable[[], tuple[bool, str]]) -> None:
+        """Run a check, print and keep what it says; what it raises is wrong, too."""
+        if self.spent():
+            self.keep(part, {"case": name, "verdict": "not run", "said": "the time is spent"})
+            return
+        began = perf_counter()
+        try:
+            good, said = check()
+        except (TesseraError, AssertionError, RuntimeError, ValueError) as error:
+            good, said = False, f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:300]}"
+        self.wrong += not good
+        self.keep(part, {"case": name, "verdict": "passed" if good else "WRONG", "said": said})
+        verdict, taken_s = "passed" if good else "WRONG", perf_counter() - began
+        print(f"{verdict:7} {part:8}{name:52}{taken_s:6.1f} s  {said}", flush=True)
+
+
+# ---------------------------------------------------------------- is it right?
+
+
+def kernels(session: Session) -> None:
+    """Both kernels, both kinds of maps, several head shapes."""
+    from scripts.gpu_checks import HEADS, Bench
+    from scripts.gpu_scx_kernels import KINDS, check_heads
+
+    for dtype in (torch.bfloat16, torch.float32):
+        for kind in KINDS:
+            for heads in HEADS if dtype is torch.bfloat16 else HEADS[:2]:
+                def check(heads: Any = heads, kind: str = kind, dtype: torch.dtype = dtype) -> tuple[bool, str]:
+                    results = list(check_heads(Bench(session.device, dtype), kind, *heads))
+                    over = [f"{name}: {error:.3g}" for name, error, bound in results if not error <= bound]
+                    return not over, "; ".join(over[:2]) or f"{max(error for _, error, _ in results):.2g}"
+
+                session.judge("kernels", f"{kind} {heads} {str(dtype)[6:]}", check)
+
+
+def secure_devices(device: str) -> tuple[str, ...]:
+    """The secure devices to try: the compute device itself and the host."""
+    return ("cuda:0", "cpu") if device == "cuda" else ("cpu",)
+
+
+def layers(session: Session) -> None:
+    """One encoded layer against the plain one and float64, on hybrid batches and on resumed sequences."""
+    backend = "triton_vattn" if session.device == "cuda" else "torch_vattn"
+    for secure in secure_devices(session.device):
+        for scheme in SCHEMES:
+            for dtype in ("float32", "bfloat16"):
+                extras = [("hybrid", ""), ("preempt and resume", "sealed")]
+                extras += [("hybrid", "sealed segments")] if scheme == "mix" else []
+                for schedule, extra in extras:
+                    case = scx_exactness.Case(dtype, scheme, schedule, "mega", backend, extra)
+
+                    def check(case: scx_exactness.Case = case, secure: str = secure) -> tuple[bool, str]:
+                        v = scx_exactness.run_case(case, 64, session.device, secure)
+                        said = f"distance {v.distance:.2g}, error x{v.ratio:.3f}, {v.same_rows} rows in plaintext"
+                        return v.passed, said
+
+                    session.judge("layers", f"{secure} {case}", check)
+
+
+def engine_cases(device: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Settings of the whole engine: schemes x secure devices x graphs, then seal, segments, few layers, layouts."""
+    base = {"attention_backend": "triton_vattn" if device == "cuda" else "torch_vattn", "scx_layers": "all"}
+    for secure in secure_devices(device):
+        for scheme in SCHEMES:
+            for eager in (False, True) if device == "cuda" else (True,):
+                how = "eager" if eager else "graphs"
+                yield f"{secure} {scheme} {how}", {**base, "scx_secure_device": secure, "scx_scheme": scheme,
+                                                   "enforce_eager": eager}  # fmt: skip
+        more: list[tuple[str, dict[str, Any]]] = [
+            ("perm sealed", {"scx_page_seal": True, "scx_seal_tokens": 16}),
+            ("mix sealed", {"scx_scheme": "mix", "scx_page_seal": True, "scx_seal_tokens": 8}),
+            ("perm segments", {"scx_segment_tokens": 64}),
+            ("rotate, layers 0 and 3", {"scx_scheme": "rotate", "scx_layers": "0,3"}),
+            ("perm per_layer chunks of 33", {"kv_layout": "per_layer", "chunk_tokens": 33}),
+            ("mix one at a time", {"scx_scheme": "mix", "max_num_seqs": 1}),
+        ]
+        for name, settings in more:
+            yield f"{secure} {name}", {**base, "scx_secure_device": secure, **settings}
+
+
+def engine(session: Session) -> None:
+    """Every greedy token against the judge, in float32."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "tiny"
+        correctness.write_checkpoint(folder)
+        name, judge = correctness.make_judge(folder)
+        print(f"judge: {name}", flush=True)
+        for name, settings in engine_cases(session.device):
+            def check(settings: dict[str, Any] = settings, name: str = name) -> tuple[bool, str]:
+                found = correctness.run_case(correctness.Case(name, settings), folder, judge, session.device)
+                return not found.wrong, f"{found.compared} tokens, {found.ties} ties {'; '.join(found.wrong[:2])}"
+
+            session.judge("engine", name, check)
+
+
+# ---------------------------------------------------------------- what does it cost?
+
+
+@dataclass
+class Measured:
+    """One engine and its runs. decode_ms: of a step of BATCH sequences; chat_tok_s: output tokens a second."""
+
+    name: str
+    loop: EngineLoop
+    vocab: int
+    ready_s: float
+    decode_ms: list[float] = field(default_factory=list)
+    chat_tok_s: list[float] = field(default_factory=list)
+    traffic: dict[str, float] = field(default_factory=dict)
+
+    def run(self, chat: Workload | None, decodes: Workload) -> None:
+        """One run of each workload."""
+        done = drive.run(self.loop, decodes, self.vocab, label="decode")
+        steps = sorted(done.step_s[-DECODES + SETTLED : -SETTLED])
+        self.decode_ms.append(1e3 * statistics.median(steps))
+        if chat is None:
+            return
+        secure = self._secure()
+        before = (secure.traffic.calls, secure.traffic.bytes_in + secure.traffic.bytes_out) if secure else (0, 0)
+        done = drive.run(self.loop, chat, self.vocab, label="chat")
+        self.chat_tok_s.append(chat.output_tokens / done.seconds)
+        if secure:
+            layers, rows = len(secure.config.layers), chat.prompt_tokens + chat.output_tokens
+            calls, crossed = secure.traffic.calls - before[0], secure.traffic.bytes_in + secure.traffic.bytes_out
+            self.traffic = {"bytes_per_token_layer": (crossed - before[1]) / rows / layers,
+                            "round_trips_per_step_layer": calls / done.steps / layers,
+                            "round_trips_per_token": calls / rows, "steps": done.steps}  # fmt: skip
+
+    def _secure(self) -> Any:
+        sessions = cast(Any, self.loop.executor).runner.scx
+        return sessions.scx.secure if sessions is not None else None
+
+
+def opened(name: str, folder: Path, device: str, settings: dict[str, Any]) -> tuple[Measured, ModelSpec]:
+    """An engine, warm."""
+    began = perf_counter()
+    config = EngineConfig(model=str(folder), load_format="dummy", device=device, dtype="bfloat16", **settings)
+    resolution = resolve(config)
+    loop = build_engine(config, resolution=resolution)
+    spec = resolution[1]
+    drive.run(loop, equal(8, 40, 8), spec.vocab, seed=1, label="warm-up")
+    return Measured(name, loop, spec.vocab, perf_counter() - began), spec
+
+
+def formula_bytes(spec: ModelSpec, element_bytes: int) -> int:
+    """Bytes that a token and encoded layer move, there and back: e (4 H D + 4 G D)."""
+    return element_bytes * 4 * (spec.heads + spec.kv_heads) * spec.head_dim
+
+
+def cost(session: Session, part: str, asked: argparse.Namespace) -> None:
+    """A plain engine beside encoded ones, in turns. part: the secure device."""
+    secure = {"cuda": "cuda:0"}.get(part, part)
+    with tempfile.TemporaryDirectory(prefix="tessera-scx-") as scratch:
+        folder = write_folder(asked.shape, Path(scratch, asked.shape))
+        common = {"max_num_seqs": asked.max_num_seqs, "kv_pool_bytes": asked.pool_gib << 30}
+        count = SHAPES[asked.shape]["num_hidden_layers"]
+        decodes = equal(asked.batch, asked.context, DECODES)
+        chat = find("offline_chat", requests=asked.requests)
+        plain, spec = opened("plain", folder, session.device, common)
+        print(f"{part}: plain engine ready after {plain.ready_s:.0f} s", flush=True)
+        for layers in ("0", f"0,{count - 1}", "all"):
+            if session.spent():
+                session.keep(part, {"layers": layers, "verdict": "not run"})
+                continue
+            try:
+                encoded, _ = opened(layers, folder, session.device,
+                                    {**common, "scx_layers": layers, "scx_secure_device": secure,
+                                     "scx_scheme": asked.scheme})  # fmt: skip
+                first = len(plain.decode_ms)
+                for round_ in range(asked.rounds):
+                    if round_ and session.spent():
+                        break
+                    for one in (plain, encoded) if round_ % 2 == 0 else (encoded, plain):
+                        one.run(None if asked.no_chat else chat, decodes)
+                line = compared(encoded, plain, first, spec)
+                encoded.loop.close()
+                del encoded
+            except (TesseraError, RuntimeError, ValueError, drive.NotProduced) as error:
+                session.wrong += 1
+                line = {"layers": layers, "verdict": f"{type(error).__name__}: {str(error)[:300]}"}
+            gc.collect()
+            if session.device == "cuda":
+                torch.cuda.empty_cache()
+            session.keep(part, {"scheme": asked.scheme, "secure_device": secure, **line})
+            show(part, line)
+        plain.loop.close()
+    gc.collect()
+
+
+def compared(encoded: Measured, plain: Measured, first: int, spec: ModelSpec) -> dict[str, Any]:
+    """A line of the table. first: where plain's runs of this comparison begin."""
+    line: dict[str, Any] = {"layers": encoded.name, "ready_s": encoded.ready_s}
+    for name, theirs, base in (("decode_ms", encoded.decode_ms, plain.decode_ms[first:]),
+                               ("chat_tok_s", encoded.chat_tok_s, plain.chat_tok_s[first:])):  # fmt: skip
+        if theirs and base:
+            mine, other = statistics.median(theirs), statistics.median(base)
+            # off: how much of the plain throughput is gone
+            off = 1 - other / mine if name == "decode_ms" else 1 - mine / other
+            line |= {name: theirs, f"plain_{name}": base, f"{name}_off_percent": 100 * off}
+    return {**line, **encoded.traffic, "formula_bytes_per_token_layer": formula_bytes(spec, 2)}
+
+
+def show(part: str, line: dict[str, Any]) -> None:
+    """One line of the table."""
+    if "verdict" in line:
+        print(f"{part:5} layers {line['layers']:6} {line['verdict']}", flush=True)
+        return
+    said = f"{part:5} layers {line['layers']:6}"
+    for name, unit in (("decode_ms", "ms a step"), ("chat_tok_s", "tok/s chat")):
+        if name in line:
+            mine, other = statistics.median(line[name]), statistics.median(line[f"plain_{name}"])
+            said += f"  {mine:9.2f} {unit} (plain {other:.2f}, {line[f'{name}_off_percent']:+.1f} % off)"
+    if "bytes_per_token_layer" in line:
+        said += (f"  {line['bytes_per_token_layer']:.0f} B a token and layer (formula "
+                 f"{line['formula_bytes_per_token_layer']}), {line['round_trips_per_step_layer']:.2f} round trips a "
+                 f"step and layer, {line['round_trips_per_token']:.3f} a token")  # fmt: skip
+    print(said, flush=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the parts asked for. Exit status 1 when something was wrong."""
+    parser = argparse.ArgumentParser(prog="scripts.gpu_scx", description=__doc__)
+    parser.add_argument("--parts", default=",".join(PARTS), help=f"of: {', '.join(PARTS)}")
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    parser.add_argument("--budget-s", type=float, default=290.0, help="nothing begins after so many seconds [290]")
+    parser.add_argument("--json", type=Path, default=None)
+    parser.add_argument("--shape", default="llama3-8b", choices=tuple(SHAPES))
+    parser.add_argument("--scheme", default="perm", choices=SCHEMES, help="of the cost parts [perm]")
+    parser.add_argument("--requests", type=int, default=256, help="of the chat workload [256]")
+    parser.add_argument("--batch", type=int, default=BATCH, help=f"sequences of the decode workload [{BATCH}]")
+    parser.add_argument("--context", type=int, default=CONTEXT, help=f"their prompt tokens [{CONTEXT}]")
+    parser.add_argument("--rounds", type=int, default=2, help="of each pair of engines [2]")
+    parser.add_argument("--max-num-seqs", type=int, default=256)
+    parser.add_argument("--pool-gib", type=int, default=24)
+    parser.add_argument("--no-chat", action="store_true", help="decodes only")
+    asked = parser.parse_args(arguments)
+    chosen = asked.parts.split(",")
+    if unknown := set(chosen) - set(PARTS):
+        parser.error(f"unknown: {', '.join(sorted(unknown))}; known: {', '.join(PARTS)}")
+    if asked.device == "cuda" and not torch.cuda.is_available():
+        parser.error("PyTorch sees no CUDA device")
+    logging.getLogger("engine").setLevel(logging.ERROR)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    session = Session(asked.device, perf_counter() + asked.budget_s, asked.json)
+    checks = {"kernels": kernels, "layers": layers, "engine": engine}
+    for part in chosen:
+        began = perf_counter()
+        try:
+            if part in checks:
+                checks[part](session)
+            else:
+                cost(session, part, asked)
+        except (ConfigError, ImportError, RuntimeError, ValueError) as error:
+            session.wrong += 1
+            session.keep(part, {"verdict": f"{type(error).__name__}: {str(error)[:300]}"})
+            print(f"WRONG  {part}: {type(error).__name__}: {str(error)[:300]}", flush=True)
+        print(f"== {part}: {perf_counter() - began:.0f} s", flush=True)
+    print(f"{session.wrong} wrong", flush=True)
+    return int(session.wrong > 0)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
