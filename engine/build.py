@@ -207,8 +207,7 @@ def choose_attention(spec: ModelSpec, config: EngineConfig, device: torch.device
         from tessera_kernels.triton_support import tuning
 
         measured = tuning(torch.cuda.get_device_name(device)).get("phases", {}).get(str(spec.head_dim))
-    choice = choose_backend(config.attention_backend, config.device, config.dtype, spec.head_dim, measured,
-                            windowed=spec.sliding_window is not None)  # fmt: skip
+    choice = choose_backend(config.attention_backend, config.device, config.dtype, spec.head_dim, measured)
     lost = "; ".join(f"not {name}: {', '.join(why)}" for name, why in choice.lost.items())
     log.info("attention backend %s for prompts, %s for decodes (%s)", choice.prefill, choice.decode, lost)
     return choice

@@ -273,7 +273,7 @@ def check_backend(bench: Bench, name: str, heads: int = 32, kv_heads: int = 8, d
     backend = backends[name](spec)
     mixes = [[(0, 70), (200, 1), (129, 40), (300, 1), (5, 1)], [(0, 150)], [(77, 1), (1, 1)]]
     for chunks in mixes:
-        for window in (0, 50) if caps.window else (0,):
+        for window in (0, 50):
             lengths = [start + count for start, count in chunks]
             slab = bench.slab(lengths, kv_heads, dim, layers=2)
             slots = slab.slots.tolist()

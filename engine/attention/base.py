@@ -29,7 +29,7 @@ class Caps:
     """Where a backend fits. dtypes: torch names. head_dims: empty = any. over_read_tokens: how far past a sequence's
     length it may read; the allocator maps none, so only 0 is taken. graphs: every launch reads lengths and slots on
     the device, so a decode graph may replay it. paged: wants block tables, of blocks of a multiple of block_multiple
-    tokens. window: it knows sliding windows. rank: where nobody measured, the lowest of those that fit is `auto`."""
+    tokens. rank: where nobody measured, the lowest of those that fit is `auto`."""
 
     device: str
     dtypes: tuple[str, ...]
@@ -39,7 +39,6 @@ class Caps:
     graphs: bool = True
     paged: bool = False
     block_multiple: int = 1
-    window: bool = True
     rank: int = 100
 
 
@@ -66,8 +65,8 @@ class AttentionBackend(Protocol):
 
 backends: Registry[type[AttentionBackend]] = Registry("attention backend", "engine.attention")
 
-def why_not(name: str, device: str, dtype: str, head_dim: int, *, windowed: bool = False) -> list[str]:
-    """Every reason for which a backend does not fit; empty when it does. windowed: some layer has a sliding window."""
+def why_not(name: str, device: str, dtype: str, head_dim: int) -> list[str]:
+    """Every reason for which a backend does not fit; empty when it does."""
     backend = backends[name]
     caps = backend.caps
     reasons = []
@@ -77,8 +76,6 @@ def why_not(name: str, device: str, dtype: str, head_dim: int, *, windowed: bool
         reasons.append(f"dtype {dtype} is not one of {', '.join(caps.dtypes)}")
     if caps.head_dims and head_dim not in caps.head_dims:
         reasons.append(f"head size {head_dim} is not one of {', '.join(map(str, caps.head_dims))}")
-    if windowed and not caps.window:
-        reasons.append("it has no sliding windows")
     if caps.over_read_tokens:
         reasons.append(f"it may read {caps.over_read_tokens} tokens past a sequence's length, which are not mapped")
     absent = backend.missing()
@@ -95,14 +92,12 @@ class Choice(NamedTuple):
     lost: dict[str, list[str]]
 
 
-def choose_backend(
-    asked: str, device: str, dtype: str, head_dim: int, measured: Times | None = None, *, windowed: bool = False
-) -> Choice:
+def choose_backend(asked: str, device: str, dtype: str, head_dim: int, measured: Times | None = None) -> Choice:
     """The backends to use. measured: times of this device; a phase that lacks any goes by rank.
 
     Raises ConfigError when the one asked for does not fit.
     """
-    reasons = {name: why_not(name, device, dtype, head_dim, windowed=windowed) for name in backends}
+    reasons = {name: why_not(name, device, dtype, head_dim) for name in backends}
     fitting = sorted((name for name, why in reasons.items() if not why), key=lambda name: backends[name].caps.rank)
     if asked != "auto":
         if asked not in reasons:

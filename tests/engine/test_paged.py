@@ -207,10 +207,4 @@ def test_auto_takes_what_was_measured_faster(monkeypatch: pytest.MonkeyPatch) ->
     prefill, decode, lost = choose_backend(*asked, times)
     assert (prefill, decode) == ("torch_vattn", "torch_vattn")
     assert lost["cpu_vattn"] == ["prefill 90 us, torch_vattn 50 us, decode 10 us, torch_vattn 10 us"]
-    without = dataclasses.replace(TorchVattn.caps, graphs=True, window=False)
-    monkeypatch.setattr(TorchVattn, "caps", without)
-    prefill, decode, lost = choose_backend(*asked, times, windowed=True)
-    assert (prefill, decode) == ("cpu_vattn", "cpu_vattn") and lost["torch_vattn"] == ["it has no sliding windows"]
-    with pytest.raises(ConfigError, match="no sliding windows"):
-        choose_backend("torch_vattn", *asked[1:], windowed=True)
     assert "block tables" in lost["torch_paged"][0] and "runs on cuda" in lost["triton_vattn"][0]
