@@ -83,7 +83,6 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=5e-4, help="of both models (%(default)s)")
     parser.add_argument("--row-rate", type=float, default=1.0, help="times that for embedding and head (%(default)s)")
     parser.add_argument("--blocks", type=int, default=1, help="blocks that learn at either end (%(default)s)")
-    parser.add_argument("--separator", default=None, help="eos: an end of text after each document (nothing)")
     parser.add_argument("--compile", action="store_true", help="train with torch.compile")
     parser.add_argument("--kind", choices=KINDS, help="train only this model, so that two commands can share a GPU")
     parser.add_argument("--parts", default=",".join(PARTS), help="what to measure, by comma (%(default)s)")
@@ -127,15 +126,15 @@ def train(folder: Folder, base: Path, args: argparse.Namespace) -> None:
     if not folder.applied.is_dir():
         call("patch", "apply", "--model", base, "--patch", folder.vocabulary, "--out", folder.applied)
     evaluate_every, save_every = EVERY[args.device]
-    more = [*(("--separator", args.separator) if args.separator else ()), *(("--compile",) if args.compile else ())]
+    compiled = ("--compile",) if args.compile else ()
     for kind, start in (("patched", folder.applied), ("plain", base)):
         if not folder.model(kind).is_dir() and args.kind in (None, kind):
             call("patch", "train", "--model", start, "--corpus", folder.texts("tuning"), "--held-out",
                  folder.texts("watch"), "--out", folder.model(kind), "--context", 512, "--batch", args.batch,
                  "--micro-batch", args.batch, "--epochs", args.epochs, "--learning-rate", args.learning_rate,
                  "--row-rate", args.row_rate, "--first-blocks", args.blocks, "--last-blocks", args.blocks,
-                 "--dtype", "bfloat16", "--evaluate-every", evaluate_every, "--save-every", save_every,
-                 "--device", args.device, *more)  # fmt: skip
+                 "--separator", "eos", "--dtype", "bfloat16", "--evaluate-every", evaluate_every,
+                 "--save-every", save_every, "--device", args.device, *compiled)  # fmt: skip
 
 
 def measure(folder: Folder, base: Path, args: argparse.Namespace) -> None:

@@ -220,8 +220,8 @@ def document_nats(model: Any, documents: list[list[int]], context: int, start: i
     with torch.compiler.set_stance("force_eager"):  # lengths differ: each would be compiled anew
         for some in _several(rows, at_once):
             length = max(len(window.ids) for _, window in some)
-            ids = np.full((len(some), length), start, np.int32)
-            targets = np.full((len(some), length), NOT_SCORED, np.int32)
+            ids: npt.NDArray[np.int32] = np.full((len(some), length), start, np.int32)
+            targets: npt.NDArray[np.int32] = np.full((len(some), length), NOT_SCORED, np.int32)
             for row, (_, window) in enumerate(some):
                 ids[row, : len(window.ids)] = window.ids
                 targets[row, window.first - 1 : len(window.ids) - 1] = window.ids[window.first :]
