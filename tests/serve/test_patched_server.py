@@ -173,7 +173,8 @@ def test_an_answer_may_be_limited_in_base_tokens(http: httpx.Client, made: tuple
     whole = post(http, C, **many)
     said = post(http, C, **many, max_base_tokens=most)
     usage, choice = said["usage"], said["choices"][0]
-    assert whole["choices"][0]["text"].startswith(choice["text"].rstrip("\ufffd")) and choice["finish_reason"] == "length"
+    assert whole["choices"][0]["text"].startswith(choice["text"].rstrip("\ufffd"))
+    assert choice["finish_reason"] == "length"
     reached = min(most, whole["usage"]["base_completion_tokens"])
     assert reached <= usage["base_completion_tokens"] < reached + max(lengths)
     assert len(choice["logprobs"]["tokens"]) == usage["completion_tokens"] <= 120
