@@ -28,7 +28,7 @@ WATCH_BYTES = {"cpu": 80_000, "cuda": 400_000}
 """Held-out text of which the bits per byte are followed while training."""
 SCORED_BYTES = {"cpu": 200_000, "cuda": 100_000_000}
 """Held-out text that is measured in the end: on a GPU all there is."""
-EVERY = {"cpu": (100, 50), "cuda": (200, 1000)}
+EVERY = {"cpu": (100, 50), "cuda": (400, 1000)}
 """Updates between two looks at the held-out text, and between two snapshots."""
 KINDS = ("patched", "plain")
 
