@@ -1,6 +1,7 @@
 """The picture of docs/experiments/adaptivocab.md from its JSON files: `python -m scripts.draw_vocabulary FILES`.
 
-It draws what `scripts.vocabulary_experiment` wrote and computes nothing but ratios to 1 character.
+It draws what `scripts.vocabulary_experiment` wrote and computes nothing but ratios to 1 character. Files of one
+domain, from several devices, make one row; of the first that has them its bits per byte are drawn.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from matplotlib.figure import Figure
 
 OUT = Path(__file__).resolve().parent.parent / "docs" / "experiments" / "adaptivocab.svg"
 PLAIN, PATCHED, OTHER = "#7a8ba8", "#c8553d", "#d9d9d9"
+DEVICES = {"cuda": (PATCHED, "GPU"), "cpu": ("#e0a050", "CPU")}
 MODELS = {"untouched": OTHER, "plain, tuned": PLAIN, "patched, not tuned": "#e8b4a8", "patched, tuned": PATCHED}
 
 
@@ -24,15 +26,18 @@ def main() -> None:
     parser.add_argument("results", type=Path, nargs="+", help="JSON files of scripts.vocabulary_experiment")
     parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args()
-    found = [json.loads(path.read_text("utf-8")) for path in args.results]
+    found: dict[str, list[dict[str, Any]]] = {}
+    for path in args.results:
+        result = json.loads(path.read_text("utf-8"))
+        found.setdefault(result["workload"].removeprefix("adaptivocab-"), []).append(result)
     figure = Figure(figsize=(11, 3.4 * len(found)), layout="constrained")
     FigureCanvasSVG(figure)
     rows = figure.subplots(len(found), 3, squeeze=False)
-    for row, result in zip(rows, found, strict=True):
-        draw_bits(row[0], result)
-        draw_costs(row[1], result)
-        draw_training(row[2], result)
-        row[0].set_ylabel(result["workload"].removeprefix("adaptivocab-") + f", {result['device']}", fontweight="bold")
+    for row, (domain, results) in zip(rows, found.items(), strict=True):
+        draw_bits(row[0], next(result for result in results if "bits_per_byte" in result))
+        draw_costs(row[1], [result for result in results if "serving" in result])
+        draw_training(row[2], results[0])
+        row[0].set_ylabel(domain, fontweight="bold")
     args.out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(args.out, metadata={"Date": None})
     print(args.out)
@@ -51,18 +56,22 @@ def draw_bits(axes: Any, result: dict[str, Any]) -> None:
     axes.set_title("bits per byte, held out (less is better)", fontsize=10)
 
 
-def draw_costs(axes: Any, result: dict[str, Any]) -> None:
-    """What a character costs with the patched vocabulary, of the plain one's."""
-    plain, patched = (result["serving"][name] for name in ("plain, tuned", "patched, tuned"))
-    figures = {"tokens in": "tokens_per_char_in", "tokens out": "tokens_per_char_out", "KV bytes": "kv_bytes_per_char"}
-    ratios = {label: patched[key] / plain[key] for label, key in figures.items()}
-    ratios["seconds"] = 1 / result["serving"]["patched over plain"]
-    axes.bar(range(len(ratios)), ratios.values(), color=PATCHED)
-    for place, ratio in enumerate(ratios.values()):
-        axes.text(place, ratio + 0.02, f"{ratio:.2f}", ha="center", fontsize=8)
+def draw_costs(axes: Any, results: list[dict[str, Any]]) -> None:
+    """What a character costs with the patched vocabulary, of the plain one's, on each device."""
+    keys = {"tokens in": "tokens_per_char_in", "tokens out": "tokens_per_char_out", "KV bytes": "kv_bytes_per_char"}
+    width = 0.8 / len(results)
+    for index, result in enumerate(results):
+        plain, patched = (result["serving"][name] for name in ("plain, tuned", "patched, tuned"))
+        ratios = [*(patched[key] / plain[key] for key in keys.values()), 1 / result["serving"]["patched over plain"]]
+        colour, label = DEVICES[result["device"]]
+        places = [place + (index - (len(results) - 1) / 2) * width for place in range(len(ratios))]
+        axes.bar(places, ratios, width, color=colour, label=label)
+        for place, ratio in zip(places, ratios, strict=True):
+            axes.text(place, ratio + 0.02, f"{ratio:.2f}", ha="center", fontsize=8 if len(results) == 1 else 7)
     axes.axhline(1, color=PLAIN, linewidth=1.5)
-    axes.set_xticks(range(len(ratios)), ratios, fontsize=8)
-    axes.set_ylim(0, 1.2)
+    axes.set_xticks(range(len(keys) + 1), [*keys, "seconds"], fontsize=8)
+    axes.set_ylim(0, 1.25)
+    axes.legend(fontsize=8, ncols=len(results), loc="upper left")
     axes.set_title("per character, plain = 1", fontsize=10)
 
 

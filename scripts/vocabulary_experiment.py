@@ -20,12 +20,17 @@ from engine.core.errors import ConfigError
 from engine.loading.resolve import resolve_model
 from engine.patching.corpus import read_documents
 from scripts.corpora import choose, write_texts
-from scripts.vocabulary_figures import figures
+from scripts.vocabulary_figures import PARTS, figures
 
 DOMAINS = ("medical", "legal")
 STAGES = ("corpus", "build", "train", "measure")
-WATCH_BYTES, SCORED_BYTES = 80_000, 200_000
-"""Held-out text of which the bits per byte are followed while training, and are measured in the end."""
+WATCH_BYTES = {"cpu": 80_000, "cuda": 400_000}
+"""Held-out text of which the bits per byte are followed while training."""
+SCORED_BYTES = {"cpu": 200_000, "cuda": 100_000_000}
+"""Held-out text that is measured in the end: on a GPU all there is."""
+EVERY = {"cpu": (100, 50), "cuda": (400, 1000)}
+"""Updates between two looks at the held-out text, and between two snapshots."""
+KINDS = ("patched", "plain")
 
 OPENINGS = {
     "medical": ("Patients with chronic heart failure were randomly assigned to",
@@ -75,6 +80,12 @@ def main() -> None:
     parser.add_argument("--epochs", type=float, default=1.0, help="passes over it (%(default)s)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda, for training and serving (%(default)s)")
     parser.add_argument("--batch", type=int, default=2, help="blocks of 512 tokens an update (%(default)s)")
+    parser.add_argument("--learning-rate", type=float, default=5e-4, help="of both models (%(default)s)")
+    parser.add_argument("--row-rate", type=float, default=1.0, help="times that for embedding and head (%(default)s)")
+    parser.add_argument("--blocks", type=int, default=1, help="blocks that learn at either end (%(default)s)")
+    parser.add_argument("--compile", action="store_true", help="train with torch.compile")
+    parser.add_argument("--kind", choices=KINDS, help="train only this model, so that two commands can share a GPU")
+    parser.add_argument("--parts", default=",".join(PARTS), help="what to measure, by comma (%(default)s)")
     parser.add_argument("--out", type=Path, help="JSON of the figures; default: DIR/DOMAIN-DEVICE.json")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
@@ -95,7 +106,8 @@ def corpus(folder: Folder, _: Path, args: argparse.Namespace) -> None:
             call("corpora", domain, "--out", folder.work)
     library = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
     write_texts(folder.work / "python.jsonl", (path.read_text("utf-8", "replace") for path in library))
-    for part, source, limit_bytes in (("tuning", "train", args.tuning_bytes), ("watch", "held-out", WATCH_BYTES)):
+    watch_bytes = WATCH_BYTES[args.device]
+    for part, source, limit_bytes in (("tuning", "train", args.tuning_bytes), ("watch", "held-out", watch_bytes)):
         write_texts(folder.texts(part), choose(read_documents([folder.texts(source)]), limit_bytes))
 
 
@@ -113,12 +125,16 @@ def train(folder: Folder, base: Path, args: argparse.Namespace) -> None:
     """Both models on the same text, `--epochs` passes of it, with the same settings."""
     if not folder.applied.is_dir():
         call("patch", "apply", "--model", base, "--patch", folder.vocabulary, "--out", folder.applied)
+    evaluate_every, save_every = EVERY[args.device]
+    compiled = ("--compile",) if args.compile else ()
     for kind, start in (("patched", folder.applied), ("plain", base)):
-        if not folder.model(kind).is_dir():
+        if not folder.model(kind).is_dir() and args.kind in (None, kind):
             call("patch", "train", "--model", start, "--corpus", folder.texts("tuning"), "--held-out",
                  folder.texts("watch"), "--out", folder.model(kind), "--context", 512, "--batch", args.batch,
-                 "--micro-batch", args.batch, "--epochs", args.epochs, "--dtype", "bfloat16", "--evaluate-every", 100,
-                 "--save-every", 50, "--device", args.device)  # fmt: skip
+                 "--micro-batch", args.batch, "--epochs", args.epochs, "--learning-rate", args.learning_rate,
+                 "--row-rate", args.row_rate, "--first-blocks", args.blocks, "--last-blocks", args.blocks,
+                 "--separator", "eos", "--dtype", "bfloat16", "--evaluate-every", evaluate_every,
+                 "--save-every", save_every, "--device", args.device, *compiled)  # fmt: skip
 
 
 def measure(folder: Folder, base: Path, args: argparse.Namespace) -> None:
@@ -126,8 +142,9 @@ def measure(folder: Folder, base: Path, args: argparse.Namespace) -> None:
     models = {"untouched": base, "plain, tuned": folder.model("plain"), "patched, not tuned": folder.applied,
               "patched, tuned": folder.model("patched")}  # fmt: skip
     vocabulary = json.loads((folder.vocabulary / "report.json").read_text("utf-8"))
-    held_out = list(choose(read_documents([folder.texts("held-out")]), SCORED_BYTES))
-    found = {"vocabulary": vocabulary, **figures(models, held_out, OPENINGS[folder.domain], args.device)}
+    held_out = list(choose(read_documents([folder.texts("held-out")]), SCORED_BYTES[args.device]))
+    parts = tuple(args.parts.split(","))
+    found = {"vocabulary": vocabulary, **figures(models, held_out, OPENINGS[folder.domain], args.device, parts)}
     out = args.out or folder.work / f"{folder.domain}-{args.device}.json"
     out.write_text(json.dumps({"workload": f"adaptivocab-{folder.domain}", **found}, indent=1) + "\n", "utf-8")
     print(f"written to {out}")

@@ -7,6 +7,7 @@ as its users run it; everything else is counting. It trains nothing and draws no
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import sys
 from pathlib import Path
@@ -16,28 +17,59 @@ import numpy as np
 from tqdm import tqdm
 
 from engine.core.clock import MonotonicClock
+from engine.core.errors import ConfigError
 from engine.core.request import SamplingParams
+from engine.patching.train_data import batched
 from engine.tokenization import load_tokenizer
 from scripts.benching.environment import environment
 
 CONTEXT = 512
-REQUESTS, PROMPT_CHARS, ANSWER_CHARS, RUNS = 32, 600, 560, 5
+RUNS, PROMPT_CHARS, ANSWER_CHARS = 5, 600, 560
+REQUESTS = {"cpu": 32, "cuda": 256}
+"""At once. A GPU is given enough of them to be busy."""
+ENGINE: dict[str, dict[str, Any]] = {"cpu": {}, "cuda": {"kv_pool_bytes": 12 << 30, "max_num_seqs": 256,
+                                                         "chunk_tokens": 4096}}  # fmt: skip
+"""Settings of both engines, which are in memory together."""
+PARTS = ("bits", "serving", "samples")
 RESAMPLES = 2_000
+SCORED_TOGETHER = 512
+"""Documents that are encoded and scored between two moves of the bar."""
 
-def figures(models: dict[str, Path], documents: list[str], openings: tuple[str, ...], device: str) -> dict[str, Any]:
+
+def figures(models: dict[str, Path], documents: list[str], openings: tuple[str, ...], device: str,
+            parts: tuple[str, ...] = PARTS) -> dict[str, Any]:
     """Bits per byte of every model, serving of the two tuned ones, samples; docs/experiments/adaptivocab.md says what
-    each means. models: "untouched", "plain, tuned", "patched, not tuned", "patched, tuned". documents: held out."""
-    prompts = [text[:PROMPT_CHARS] for text in documents[:REQUESTS]]
+    each means. models: "untouched", "plain, tuned", "patched, not tuned", "patched, tuned". documents: held out.
+    parts: which of the three."""
     tuned = {name: models[name] for name in ("plain, tuned", "patched, tuned")}
-    scores = {name: score(path, documents, device) for name, path in models.items()}
-    return {
+    found: dict[str, Any] = {
         "environment": environment("vocabulary_experiment", sys.argv[1:]),
         "device": device,
         "training": {name: training_facts(path) for name, path in tuned.items()},
-        "bits_per_byte": compare(scores, documents),
-        "serving": serve(tuned, prompts, models["untouched"], device),
-        "samples": {name: greedy(path, openings, device) for name, path in models.items()},
     }
+    if "serving" in parts:
+        found["serving"] = serve(tuned, prompts_of(documents, REQUESTS[device]), models["untouched"], device)
+    if "bits" in parts:
+        found["bits_per_byte"] = compare({name: score(path, documents, device) for name, path in models.items()},
+                                         documents)  # fmt: skip
+    if "samples" in parts:
+        found["samples"] = {name: greedy(path, openings, device) for name, path in models.items()}
+    return found
+
+
+def prompts_of(documents: list[str], count: int) -> list[str]:
+    """Pieces of PROMPT_CHARS characters at most, between words: the documents' openings, then what stands further in,
+    each piece followed by as much that is left out. Raises ConfigError when the documents do not hold `count`."""
+    found: list[str] = []
+    longest = max(map(len, documents), default=0)
+    for begin in range(0, longest, 2 * PROMPT_CHARS):
+        pieces = (text[begin : begin + PROMPT_CHARS] for text in documents)
+        found += [piece[piece.find(" ") + 1 if begin else 0 : piece.rfind(" ")] for piece in pieces
+                  if len(piece) == PROMPT_CHARS and len(piece.split()) > 2]  # fmt: skip
+        if len(found) >= count:
+            return found[:count]
+    raise ConfigError(f"{len(documents)} held-out documents have {len(found)} pieces of {PROMPT_CHARS} characters; "
+                      f"{count} requests are wanted")
 
 
 def training_facts(folder: Path) -> dict[str, Any]:
@@ -53,11 +85,13 @@ def score(model: Path, documents: list[str], device: str) -> list[float]:
 
     tokenizer = load_tokenizer(model)
     network = train_step.load_model(model, device)
-    bits = []
-    for text in tqdm(documents, desc=f"scoring {model.name}", unit="doc"):
-        ids, size = tokenizer.encode(text, False), len(text.encode())
-        loss = train_step.evaluate(network, [(ids, size)], CONTEXT, tokenizer.eos_ids[0], True)
-        bits.append(loss.bits_per_byte * size)
+    bits: list[float] = []
+    with tqdm(desc=f"scoring {model.name}", total=len(documents), unit="doc") as bar:
+        for some in batched(documents, SCORED_TOGETHER):
+            ids = tokenizer.encode_batch(some, False)
+            nats = train_step.document_nats(network, ids, CONTEXT, tokenizer.eos_ids[0], True)
+            bits += [value / math.log(2) for value in nats]
+            bar.update(len(some))
     return bits
 
 
@@ -86,7 +120,7 @@ class Served:
     def __init__(self, model: Path, prompts: list[str], device: str) -> None:
         from engine import LLM
 
-        self.llm = LLM(str(model), max_model_len=1024, device=device)
+        self.llm = LLM(str(model), max_model_len=1024, device=device, **ENGINE[device])
         self.prompts = prompts
         pilot = self._run(128)
         self.tokens = max(1, round(ANSWER_CHARS * pilot["output_tokens"] / pilot["output_chars"]))
@@ -113,7 +147,8 @@ class Served:
         spec, element_bytes = self.llm.spec, 2 if self.llm.config.dtype != "float32" else 4
         token_bytes = 2 * spec.layers * spec.kv_heads * spec.head_dim * element_bytes
         prompt_chars = sum(map(len, self.prompts))
-        base_tokens = sum(map(len, load_tokenizer(base).encode_batch(last["texts"], False)))
+        base_tokens, own_tokens = (sum(map(len, tokenizer.encode_batch(last["texts"], False)))
+                                   for tokenizer in (load_tokenizer(base), self.llm.tokenizer))  # fmt: skip
         speeds = [run["output_chars"] / run["seconds"] for run in self.runs]
         both = [(run["output_chars"] + prompt_chars) / run["seconds"] for run in self.runs]
         return {
@@ -124,6 +159,8 @@ class Served:
             "tokens_per_char_in": last["prompt_tokens"] / prompt_chars,
             "tokens_per_char_out": last["output_tokens"] / last["output_chars"],
             "rho_out": last["output_tokens"] / base_tokens,
+            "emitted_over_encoded": last["output_tokens"] / own_tokens,
+            "encoded_over_base": own_tokens / base_tokens,
             "kv_bytes_per_char": token_bytes * (last["prompt_tokens"] + last["output_tokens"])
             / (prompt_chars + last["output_chars"]),
         }  # fmt: skip

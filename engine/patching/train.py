@@ -11,6 +11,7 @@ import argparse
 import csv
 import hashlib
 import json
+import math
 import shutil
 import sys
 from collections.abc import Callable
@@ -43,6 +44,10 @@ if TYPE_CHECKING:
 
 SNAPSHOTS_KEPT = 2
 MAX_HISTORY_BYTES = 256 << 20
+END_OF_TEXT = -1
+"""As a separator: the first of the model's own ids that end a text."""
+SETTLE_UPDATES = 16
+"""Updates whose losses are left on a GPU before they are read, which waits for it."""
 REPORT_FOLDER = "training"
 _FREE = ("device", "save_every")
 """Settings that may differ when a run is resumed: they change no weight."""
@@ -51,9 +56,10 @@ _FREE = ("device", "save_every")
 @dataclass(frozen=True, slots=True)
 class TrainSettings:
     """What fixes a run. context: tokens a block; batch: blocks an update; micro_batch: blocks in memory at a time;
-    steps: updates, 0 = as `epochs` says; warmup: updates, -1 = a tenth of all, 500 at most; separator: id after each
-    document, None = nothing; dtype: float32, or bfloat16 (frozen weights and matrix products; what learns stays
-    float32). Defaults are the paper's."""
+    steps: updates, 0 = as `epochs` says; warmup: updates, -1 = a tenth of all, 500 at most; row_rate: embedding and
+    head learn at so many times learning_rate; separator: id after each document, None = nothing, END_OF_TEXT = the
+    model's own; dtype: float32, or bfloat16 (frozen weights and matrix products; what learns stays float32); compile:
+    fuse the blocks by torch.compile; save_every: updates between snapshots, 0 = none. Defaults are the paper's."""
 
     context: int = 768
     batch: int = 32
@@ -62,6 +68,7 @@ class TrainSettings:
     steps: int = 0
     learning_rate: float = 5e-4
     warmup: int = -1
+    row_rate: float = 1.0
     weight_decay: float = 0.1
     first_blocks: int = 1
     last_blocks: int = 1
@@ -69,20 +76,21 @@ class TrainSettings:
     separator: int | None = None
     seed: int = 0
     dtype: str = "float32"
+    compile: bool = False
     device: str = "cpu"
     save_every: int = 100
     evaluate_every: int = 0
 
     def __post_init__(self) -> None:
         lows = {"context": 2, "batch": 1, "micro_batch": 1, "steps": 0, "warmup": -1, "lora_rank": 0, "seed": 0,
-                "save_every": 1, "evaluate_every": 0}  # fmt: skip
+                "save_every": 0, "evaluate_every": 0}  # fmt: skip
         for name, low in lows.items():
             if getattr(self, name) < low:
                 raise ConfigError(f"--{name.replace('_', '-')} {getattr(self, name)} must be at least {low}")
         if self.batch % self.micro_batch:
             raise ConfigError(f"--batch {self.batch} is not a multiple of --micro-batch {self.micro_batch}")
-        if not (self.learning_rate > 0 and self.epochs > 0 and self.weight_decay >= 0):
-            raise ConfigError("--learning-rate and --epochs must be above 0, --weight-decay at least 0")
+        if not (self.learning_rate > 0 and self.row_rate > 0 and self.epochs > 0 and self.weight_decay >= 0):
+            raise ConfigError("--learning-rate, --row-rate and --epochs must be above 0, --weight-decay at least 0")
         if self.dtype not in ("float32", "bfloat16"):
             raise ConfigError(f"--dtype {self.dtype!r} is unknown; known: float32, bfloat16")
 
@@ -116,7 +124,7 @@ def train(model: str | Path, documents: list[str], out: str | Path, settings: Tr
     folder, target = Path(model), Path(out)
     refuse_existing(target)
     tokenizer = load_tokenizer(folder)
-    blocks = token_blocks(tokenizer, documents, settings.context, settings.separator)
+    blocks = token_blocks(tokenizer, documents, settings.context, _separator(settings.separator, tokenizer, folder))
     settings = _resolve(settings, blocks)
     scored = _encoded(tokenizer, held_out or [])
     amp = settings.dtype == "bfloat16"
@@ -125,7 +133,12 @@ def train(model: str | Path, documents: list[str], out: str | Path, settings: Tr
     torch.manual_seed(settings.seed)
     trained = train_step.choose_trainable(network, settings.first_blocks, settings.last_blocks, settings.lora_rank,
                                           torch.bfloat16 if amp else torch.float32)
-    optimiser = train_step.make_optimiser(trained, settings.weight_decay)
+    rows = train_step.rows_of(network, trained)
+    optimiser = train_step.make_optimiser(trained, settings.weight_decay, rows, settings.row_rate)
+    loss_of = train_step.nats_of
+    if settings.compile:
+        train_step.compile_blocks(network)
+        loss_of = torch.compile(loss_of, dynamic=False)
     place = _state_folder(target, state)
     identity = {"settings": {key: value for key, value in asdict(settings).items() if key not in _FREE},
                 "model": _fingerprint(folder), "tokens_sha256": blocks.sha256,
@@ -141,26 +154,61 @@ def train(model: str | Path, documents: list[str], out: str | Path, settings: Tr
 
     if run.step == 0:
         evaluate()
+    clock, learnt_s, measured_from = MonotonicClock(), 0.0, 0
+    fresh: list[tuple[float, torch.Tensor, Any]] = []  # rate, loss on its device and targets of updates not settled
+    settle_after = 1 if settings.device == "cpu" else SETTLE_UPDATES
     with _StepBar(settings.steps, run.step, progress) as advance:
         while run.step < settings.steps:
+            began_s = clock.now_s()
             rate = train_step.learning_rate(run.step, settings.steps, settings.warmup, settings.learning_rate)
             chosen = blocks.at_step(run.step, settings.batch, settings.seed)
-            loss = train_step.train_step(network, optimiser, chosen, byte_counts, settings.micro_batch, rate,
-                                         settings.seed * 1_000_003 + run.step, amp)
+            nats = train_step.train_step(network, optimiser, chosen, settings.micro_batch, rate,
+                                         settings.seed * 1_000_003 + run.step, amp, loss_of)
             run.step += 1
-            run.history.append([run.step, rate, loss.nats, loss.bits_per_byte])
-            advance(loss.nats)
+            fresh.append((rate, nats, chosen[:, 1:]))
+            last = run.step == settings.steps
+            evaluating = last or (settings.evaluate_every and run.step % settings.evaluate_every == 0)
+            saving = settings.save_every and (last or run.step % settings.save_every == 0)
+            if evaluating or saving or len(fresh) >= settle_after:
+                _settle(run, fresh, byte_counts)
+                advance(len(fresh), run.history[-1][2])
+                fresh.clear()
+                if not measured_from:  # the first ones warm up, and may compile
+                    measured_from, learnt_s, began_s = run.step, 0.0, clock.now_s()
+            learnt_s += clock.now_s() - began_s
             if stop(run.step):
                 return {}
-            if run.step == settings.steps or (settings.evaluate_every and run.step % settings.evaluate_every == 0):
+            if evaluating:
                 evaluate()
-            if run.step == settings.steps or run.step % settings.save_every == 0:
+            if saving:
                 _save(place, identity, run, trained, optimiser)
+    if progress and run.step > measured_from > 0:
+        speed = (run.step - measured_from) * settings.batch * settings.context / learnt_s
+        print(f"learnt {speed:.0f} tokens/s", file=sys.stderr)
     report = {**identity, "steps": run.step, "documents": blocks.documents, "corpus_tokens": blocks.tokens,
               "corpus_utf8_bytes": blocks.utf8_bytes, "learning_parameters": sum(p.numel() for p in trained.values()),
               "evaluations": [dict(zip(("step", "bits_per_byte", "tokens"), row)) for row in run.evaluations]}
     _write_model(folder, target, train_step.learned_weights(network, trained), run, report, progress)
     return report
+
+
+def _settle(run: _Run, fresh: list[tuple[float, torch.Tensor, Any]], byte_counts: Any) -> None:
+    """Put the updates' losses into the history. Raises ConfigError for one that is no number."""
+    for step, (rate, tensor, targets) in enumerate(fresh, run.step - len(fresh) + 1):
+        nats = float(tensor)
+        if not math.isfinite(nats):
+            raise ConfigError(f"the loss became {nats} at update {step}; start again with a lower --learning-rate")
+        bits = nats * targets.size / (math.log(2) * max(1, int(byte_counts[targets].sum())))
+        run.history.append([step, rate, nats, bits])
+
+
+def _separator(asked: int | None, tokenizer: Any, folder: Path) -> int | None:
+    """The id to put after each document. Raises ConfigError when the model has no end of text."""
+    if asked != END_OF_TEXT:
+        return asked
+    if not tokenizer.eos_ids:
+        raise ConfigError(f"--separator eos: {folder} names no id that ends a text; give the id")
+    return int(tokenizer.eos_ids[0])
 
 
 def _resolve(settings: TrainSettings, blocks: TokenBlocks) -> TrainSettings:
@@ -337,7 +385,7 @@ def draw_loss(path: Path, history: list[list[float]], evaluations: list[list[flo
 
 
 class _StepBar:
-    """A tqdm bar of updates on stderr, or nothing; called with the loss after each."""
+    """A tqdm bar of updates on stderr, or nothing; called with how many were done, and the last one's loss."""
 
     def __init__(self, total: int, done: int, wanted: bool) -> None:
         self._bar: Any = None
@@ -346,11 +394,11 @@ class _StepBar:
 
             self._bar = tqdm(desc="training", total=total, initial=done, unit="update", file=sys.stderr)
 
-    def __enter__(self) -> Callable[[float], None]:
-        def advance(nats: float) -> None:
+    def __enter__(self) -> Callable[[int, float], None]:
+        def advance(updates: int, nats: float) -> None:
             if self._bar is not None:
                 self._bar.set_postfix(nats=f"{nats:.3f}", refresh=False)
-                self._bar.update()
+                self._bar.update(updates)
 
         return advance
 
@@ -377,14 +425,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("context", "tokens a block"), ("batch", "blocks an update"), ("micro-batch", "blocks in memory at a time"),
         ("epochs", "passes over the corpus"), ("steps", "updates; 0: as --epochs says"),
         ("learning-rate", "peak of AdamW's learning rate"), ("warmup", "updates of warm-up; -1: a tenth, 500 at most"),
+        ("row-rate", "embedding and head learn at so many times that rate"),
         ("weight-decay", "AdamW's weight decay"), ("first-blocks", "how many first blocks learn"),
         ("last-blocks", "how many last blocks learn"), ("seed", "of the order of the blocks"),
         ("lora-rank", "learn the blocks through adapters of this rank (needs peft); 0: whole"),
-        ("save-every", "updates between snapshots"), ("evaluate-every", "updates between --held-out measurements"),
+        ("save-every", "updates between snapshots; 0: none"),
+        ("evaluate-every", "updates between --held-out measurements"),
     ):  # fmt: skip
         value = getattr(default, name.replace("-", "_"))
         parser.add_argument(f"--{name}", type=type(value), default=value, help=f"{text} (default: %(default)s)")
-    parser.add_argument("--separator", type=int, default=None, help="token id put after each document (default: none)")
+    parser.add_argument("--separator", type=lambda text: END_OF_TEXT if text == "eos" else int(text), default=None,
+                        metavar="ID", help="token id put after each document, or eos (default: none)")
+    parser.add_argument("--compile", action="store_true", help="fuse the blocks by torch.compile")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default=default.dtype)
     parser.add_argument("--device", default=default.device, help="cpu or cuda (default: %(default)s)")
     parser.add_argument("--no-progress", action="store_true", help="no progress bar")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,10 @@ BETAS = (0.9, 0.95)
 CLIP_NORM = 1.0
 LORA_ALPHA_PER_RANK = 4
 LORA_DROPOUT = 0.1
+NOT_SCORED = -100
+"""Target of a position that no loss is taken of."""
+SCORED_TOKENS = {"cuda": 8_192}
+"""Tokens of held-out windows that go through the model at once; elsewhere one window does."""
 
 
 def load_model(folder: Path, device: str) -> Any:
@@ -50,7 +54,8 @@ def choose_trainable(model: Any, first: int, last: int, lora_rank: int = 0,
 
     What does not learn becomes frozen_dtype, outside those blocks; in them it stays float32, for adapters are added
     to it in the end.
-    first, last: numbers of blocks from either end. lora_rank > 0: rank-limited updates (peft) inside those blocks
+    first, last: numbers of blocks from either end; where they are all blocks, the last norm learns too, so the whole
+    model does. lora_rank > 0: rank-limited updates (peft) inside those blocks
     instead of their own weights; embedding and head learn whole in any case, for the n-grams' rows are new.
     Source: AdaptiVocab, section on fine-tuning; the released code leaves the first block frozen, here it learns.
     Raises ConfigError when the model has fewer blocks.
@@ -64,10 +69,11 @@ def choose_trainable(model: Any, first: int, last: int, lora_rank: int = 0,
     if lora_rank and blocks:
         _add_lora(model, lora_rank, sorted(blocks))
     ends = {id(module.weight) for module in (model.get_input_embeddings(), model.get_output_embeddings())}
+    whole = first + last == layers
     chosen = {}
     for name, parameter in model.named_parameters():
         found = LAYER.search(name)
-        inside = found is not None and int(found[1]) in blocks
+        inside = whole if found is None else int(found[1]) in blocks
         parameter.data = parameter.data.to(torch.float32 if inside or id(parameter) in ends else frozen_dtype)
         if id(parameter) in ends or (inside and (not lora_rank or ".lora_" in name)):
             parameter.requires_grad_(True)
@@ -104,12 +110,34 @@ def learning_rate(step: int, steps: int, warmup: int, peak: float) -> float:
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
-def make_optimiser(trained: Mapping[str, torch.nn.Parameter], weight_decay: float) -> torch.optim.AdamW:
-    """AdamW with the paper's betas; vectors (norm gains, biases) do not decay."""
-    matrices = [parameter for parameter in trained.values() if parameter.dim() > 1]
-    vectors = [parameter for parameter in trained.values() if parameter.dim() <= 1]
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=0.0, betas=BETAS)
+def make_optimiser(trained: Mapping[str, torch.nn.Parameter], weight_decay: float,
+                   rows: frozenset[str] = frozenset(), row_rate: float = 1.0) -> torch.optim.AdamW:
+    """AdamW with the paper's betas; vectors (norm gains, biases) do not decay.
+
+    rows: names of embedding and head, which learn at row_rate times the others' rate.
+    """
+    groups: list[dict[str, Any]] = [
+        {"params": [p for name, p in trained.items() if p.dim() > 1 and name in rows], "rate": row_rate},
+        {"params": [p for name, p in trained.items() if p.dim() > 1 and name not in rows]},
+        {"params": [p for p in trained.values() if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    fused = all(parameter.is_cuda for parameter in trained.values())
+    return torch.optim.AdamW([{"rate": 1.0, "weight_decay": weight_decay, **group} for group in groups
+                              if group["params"]], lr=0.0, betas=BETAS, fused=fused)  # fmt: skip
+
+
+def rows_of(model: Any, trained: Mapping[str, torch.nn.Parameter]) -> frozenset[str]:
+    """Names of embedding and head among what learns."""
+    ends = {id(module.weight) for module in (model.get_input_embeddings(), model.get_output_embeddings())}
+    return frozenset(name for name, parameter in trained.items() if id(parameter) in ends)
+
+
+def compile_blocks(model: Any) -> None:
+    """Let torch.compile fuse each block: one compilation serves all that are alike. Losses differ in the last bits."""
+    for name, module in model.named_modules():
+        found = LAYER.search(f"{name}.")
+        if found is not None and found.end() == len(name) + 1:
+            module.compile(dynamic=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,54 +154,91 @@ class Loss:
         return self.nats * self.tokens / (math.log(2) * max(1, self.utf8_bytes))
 
 
-def train_step(model: Any, optimiser: torch.optim.Optimizer, blocks: npt.NDArray[np.int32],
-               byte_counts: npt.NDArray[np.int64], micro_batch: int, rate: float, seed: int, amp: bool) -> Loss:
+def nats_of(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Mean nats, in float32. logits: [B, T, V]; targets: [B, T], NOT_SCORED where none is."""
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=NOT_SCORED)
+
+
+def train_step(model: Any, optimiser: torch.optim.Optimizer, blocks: npt.NDArray[np.int32], micro_batch: int,
+               rate: float, seed: int, amp: bool, loss_of: Any = nats_of) -> torch.Tensor:
     """One update from blocks [B, context], `micro_batch` of them at a time (it divides B).
 
-    seed: of this step's dropout, so that a resumed run draws the same. amp: bfloat16 autocast.
+    seed: of this step's dropout, so that a resumed run draws the same. amp: bfloat16 autocast. loss_of: nats_of, or
+    a compiled one. Returns the mean nats a token on the model's device: reading it waits for the device, so it is
+    the caller who says when, and who checks that it is finite.
     """
     device = next(model.parameters()).device
     torch.manual_seed(seed)
     for group in optimiser.param_groups:
-        group["lr"] = rate
-    total = 0.0
+        group["lr"] = rate * group["rate"]
+    total = torch.zeros((), device=device)
     parts = len(blocks) // micro_batch
     for part in range(parts):
-        ids = torch.from_numpy(blocks[part * micro_batch : (part + 1) * micro_batch].astype(np.int64)).to(device)
+        ids = _on(device, blocks[part * micro_batch : (part + 1) * micro_batch])
+        targets = ids.roll(-1, 1)  # a view without the last position would be copied, and is as large as the logits
+        targets[:, -1] = NOT_SCORED
         with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-            logits = model(input_ids=ids).logits[:, :-1]
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
+            logits = model(input_ids=ids).logits
+        loss = loss_of(logits, targets)
         (loss / parts).backward()
-        total += float(loss.detach()) / parts
-    if not math.isfinite(total):
-        raise ConfigError(f"the loss became {total}; start again with a lower --learning-rate")
+        total += loss.detach() / parts
     learning = [parameter for group in optimiser.param_groups for parameter in group["params"]]
     torch.nn.utils.clip_grad_norm_(learning, CLIP_NORM)
     optimiser.step()
     optimiser.zero_grad(set_to_none=True)
-    targets = blocks[:, 1:]
-    return Loss(total, int(targets.size), int(byte_counts[targets].sum()))
+    return total
+
+
+def _on(device: torch.device, ids: npt.NDArray[np.int32]) -> torch.Tensor:
+    """Ids as int64 on the device, without waiting for what it is doing."""
+    wide = torch.from_numpy(ids.astype(np.int64))
+    return wide.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else wide.to(device)
 
 
 @torch.no_grad()
 def evaluate(model: Any, documents: Iterable[tuple[list[int], int]], context: int, start: int, amp: bool) -> Loss:
-    """Loss over held-out documents, each scored whole, from its first token on, after the id `start`.
+    """Loss over held-out documents, as document_nats scores them."""
+    scored = list(documents)
+    tokens = sum(len(ids) for ids, _ in scored)
+    nats = sum(document_nats(model, [ids for ids, _ in scored], context, start, amp))
+    return Loss(nats / max(1, tokens), tokens, sum(size for _, size in scored))
 
-    documents: (ids, UTF-8 bytes of the text). Windows of `context` tokens overlap by half; every token counts once.
+
+@torch.no_grad()
+def document_nats(model: Any, documents: list[list[int]], context: int, start: int, amp: bool) -> list[float]:
+    """Nats of each document, scored whole, from its first token on, after the id `start`.
+
+    Windows of `context` tokens overlap by half; every token counts once. Several windows of similar length go
+    through the model together, filled up behind their ends, which no earlier position sees.
     """
     device = next(model.parameters()).device
-    nats, tokens, utf8_bytes = 0.0, 0, 0
+    rows = [(place, window) for place, ids in enumerate(documents) for window in windows([start, *ids], context)]
+    rows.sort(key=lambda row: -len(row[1].ids))
+    at_once = max(1, SCORED_TOKENS.get(device.type, 0) // context)
+    total = torch.zeros(len(documents), dtype=torch.float64, device=device)
     model.eval()
-    for ids, size in documents:
-        for window in windows([start, *ids], context):
-            row = torch.tensor([window.ids], device=device)
+    with torch.compiler.set_stance("force_eager"):  # lengths differ: each would be compiled anew
+        for some in _several(rows, at_once):
+            length = max(len(window.ids) for _, window in some)
+            ids: npt.NDArray[np.int32] = np.full((len(some), length), start, np.int32)
+            targets: npt.NDArray[np.int32] = np.full((len(some), length), NOT_SCORED, np.int32)
+            for row, (_, window) in enumerate(some):
+                ids[row, : len(window.ids)] = window.ids
+                targets[row, window.first - 1 : len(window.ids) - 1] = window.ids[window.first :]
             with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-                logits = model(input_ids=row).logits[0, window.first - 1 : -1]
-            nats += float(torch.nn.functional.cross_entropy(logits.float(), row[0, window.first :], reduction="sum"))
-        tokens += len(ids)
-        utf8_bytes += size
+                logits = model(input_ids=_on(device, ids)).logits
+            nats = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), _on(device, targets).flatten(),
+                                                     reduction="none", ignore_index=NOT_SCORED)  # fmt: skip
+            places = torch.tensor([place for place, _ in some], device=device)
+            total.index_add_(0, places, nats.view(len(some), length).sum(1).double())
     model.train()
-    return Loss(nats / max(1, tokens), tokens, utf8_bytes)
+    found: list[float] = total.tolist()
+    return found
+
+
+def _several(rows: list[Any], size: int) -> Iterator[list[Any]]:
+    """Lists of up to `size` rows."""
+    return (rows[begin : begin + size] for begin in range(0, len(rows), size))
 
 
 def save_tensors(path: Path, trained: Mapping[str, torch.nn.Parameter], optimiser: torch.optim.Optimizer) -> None:
@@ -205,5 +270,6 @@ def load_tensors(path: Path, trained: Mapping[str, torch.nn.Parameter], optimise
         for name, parameter in trained.items():
             parameter.copy_(tensors.get_tensor(f"w.{name}"))
             moments = [tensors.get_tensor(f"{key}.{name}").to(parameter.device) for key in "mv"]
-            optimiser.state[parameter] = {"step": torch.tensor(float(step)), "exp_avg": moments[0],
-                                          "exp_avg_sq": moments[1]}  # fmt: skip
+            counted_on = parameter.device if optimiser.defaults["fused"] else torch.device("cpu")
+            optimiser.state[parameter] = {"step": torch.tensor(float(step), device=counted_on),
+                                          "exp_avg": moments[0], "exp_avg_sq": moments[1]}  # fmt: skip

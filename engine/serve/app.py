@@ -91,7 +91,8 @@ def _output_limits(ask: schema.Ask, prompts: list[Prompt], limits: Limits) -> li
             raise ApiError(400, f"max_tokens={wanted} and {len(prompt)} prompt tokens exceed the model's context of "
                                 f"{limits.max_model_len} tokens; at most {left} can follow", "max_tokens",
                            "context_length_exceeded")  # fmt: skip
-        allowed.append(min(wanted or left, left))
+        base = ask.max_base_tokens or left  # a token stands for one base token or more
+        allowed.append(min(wanted or left, left, base))
     if ask.params.min_tokens > min(allowed):
         raise ApiError(400, f"min_tokens={ask.params.min_tokens} is above the {min(allowed)} tokens that can follow",
                        "min_tokens", "invalid_value")  # fmt: skip
@@ -113,7 +114,7 @@ async def _generate(request: Request, services: Services, parse: Callable[..., s
         prompts = await _encode_all(model, ask)
         limits = _output_limits(ask, prompts, model.limits)
         generation = Generation(model.tools, prompts, ask.params, max_tokens=limits, priority=ask.priority,
-                                accepted_s=accepted_s)
+                                accepted_s=accepted_s, max_base_tokens=ask.max_base_tokens)
         told = None if ask.params.logprobs is None else LogprobsJson(model.tools.tokenizer.table, ask.chat)
         shape = Shape(ask.chat, generation.name, int(wall_s()), ask.model, ask.include_usage, told)
         running = _Running(generation, seat, request)

@@ -85,8 +85,9 @@ class Generation:
     """Samples prompt-major: choice index = prompt index * n + sample index."""
 
     def __init__(self, tools: Tools, prompts: Sequence[Prompt], params: SamplingParams, *, max_tokens: Sequence[int],
-                 priority: int, accepted_s: float) -> None:
+                 priority: int, accepted_s: float, max_base_tokens: int | None = None) -> None:
         """max_tokens: output tokens of each prompt, already within the context (params.max_tokens is not used).
+        max_base_tokens: a sample ends with the token that brings it to so many base tokens.
 
         accepted_s: when the request was whole; all its times count from there.
         """
@@ -100,6 +101,7 @@ class Generation:
         self.echoes = [prompt.echo or "" for prompt in prompts for _ in range(params.n)]
         self._tools = tools
         self._accepted_s = accepted_s
+        self._max_base_tokens = max_base_tokens
         self._open = 0
         begun = [unfinished_bytes(tools.tokenizer.table, prompt.ids) for prompt in prompts]
         self._samples = []
@@ -209,21 +211,25 @@ class Generation:
         sample = self._samples[index]
         if sample.finish_reason is not None:
             return None
-        delta = sample.detokenizer.push(piece.tokens)
+        tokens, full = self._within(sample, piece.tokens)
+        delta = sample.detokenizer.push(tokens)
         if sample.output is not None:
-            sample.output += piece.tokens
-        text, kept = delta.text, delta.num_tokens_kept if delta.stopped else len(piece.tokens)
+            sample.output += tokens
+        text, kept = delta.text, delta.num_tokens_kept if delta.stopped else len(tokens)
         self._measure(sample, kept, now_s)
         if self._tools.base_lengths is not None:
-            sample.base_tokens += sum(self._tools.base_lengths[token] for token in piece.tokens[:kept])
+            sample.base_tokens += sum(self._tools.base_lengths[token] for token in tokens[:kept])
         logprobs = piece.logprobs[:kept]
         offsets = [self._offset(sample, entry.ids[0]) for entry in logprobs]
         if delta.stopped:
             self._tools.engine.abort([sample.request_id])
             sample.finish_reason = "stop"
-        elif piece.finish_reason is not None:
+        elif full or piece.finish_reason is not None:
+            if piece.finish_reason is None:
+                self._tools.engine.abort([sample.request_id])
             text += sample.detokenizer.finish().text
-            sample.finish_reason = piece.finish_reason
+            cut = len(tokens) < len(piece.tokens)
+            sample.finish_reason = "length" if cut or piece.finish_reason is None else piece.finish_reason
         if sample.finish_reason is not None:
             self._open -= 1
             self._tools.metrics.requests.labels(sample.finish_reason).inc()
@@ -234,6 +240,19 @@ class Generation:
         if not text and not logprobs and sample.finish_reason is None:
             return None
         return TextDelta(index, text, sample.finish_reason, logprobs, offsets)
+
+    def _within(self, sample: _Sample, tokens: list[int]) -> tuple[list[int], bool]:
+        """The tokens up to the one that reaches max_base_tokens, and whether one of them does."""
+        if self._max_base_tokens is None:
+            return tokens, False
+        lengths, done = self._tools.base_lengths, sample.base_tokens
+        if lengths is None:
+            done = sample.num_tokens
+        for place, token in enumerate(tokens, 1):
+            done += 1 if lengths is None else lengths[token]
+            if done >= self._max_base_tokens:
+                return tokens[:place], True
+        return tokens, False
 
     def _offset(self, sample: _Sample, token: int) -> int:
         """Characters before a token, which is counted. One that goes on with the prompt's last character begins it,

@@ -76,6 +76,7 @@ class Ask:
     """One request to generate: prompts or messages. params.max_tokens None = what is left of the context.
 
     token_space: whose ids prompts holds; all others are the engine's by now. echo: the answer begins with the prompt.
+    max_base_tokens: the answer ends with the token that brings what it stands for to so many base tokens.
     """
 
     model: str
@@ -88,6 +89,7 @@ class Ask:
     priority: int
     token_space: str
     echo: bool = False
+    max_base_tokens: int | None = None
 
     @property
     def chat(self) -> bool:
@@ -243,6 +245,13 @@ def _stop(fields: dict[str, Any]) -> tuple[str, ...]:
     return tuple(many)  # SamplingParams checks number, kind and length
 
 
+def _max_base_tokens(fields: dict[str, Any]) -> int | None:
+    value = fields.pop("max_base_tokens", None)
+    if value is not None and (type(value) is not int or not 1 <= value <= MAX_TOTAL_TOKENS):
+        raise bad("max_base_tokens", f"max_base_tokens={shown(value)} is not an integer in 1..{MAX_TOTAL_TOKENS}")
+    return value
+
+
 def _priority(fields: dict[str, Any]) -> int:
     value = fields.pop("priority", None)
     if value is None:
@@ -278,11 +287,12 @@ def _finish(
     """The fields both routes share."""
     stream, include_usage = _stream(fields)
     priority = _priority(fields)
-    max_tokens = fields.pop("max_tokens", None)
+    max_tokens, base_tokens = fields.pop("max_tokens", None), _max_base_tokens(fields)
     given: dict[str, Any] = dict(limits.sampling_defaults)
     given |= {name: value for name in SAMPLING if (value := fields.pop(name, None)) is not None}
-    given["max_tokens"] = max_tokens if max_tokens is not None else (None if messages is not None else 16)
-    if max_tokens is None and type(given.get("min_tokens")) is int and messages is None:
+    unlimited = messages is not None or base_tokens is not None
+    given["max_tokens"] = max_tokens if max_tokens is not None else (None if unlimited else 16)
+    if max_tokens is None and type(given.get("min_tokens")) is int and not unlimited:
         given["max_tokens"] = max(16, min(given["min_tokens"], limits.max_model_len))
     given["stop"] = _stop(fields)
     given["stop_token_ids"] = take_stop_ids(fields, limits, space)
@@ -303,7 +313,8 @@ def _finish(
     if params.temperature < LEAST_TEMPERATURE:
         params = params.replace(temperature=0.0)
     _check_products(params, max(1, len(prompts)), limits)
-    return Ask(model, prompts, messages, params, max_tokens is not None, stream, include_usage, priority, space, echo)
+    return Ask(model, prompts, messages, params, max_tokens is not None, stream, include_usage, priority, space, echo,
+               base_tokens)  # fmt: skip
 
 
 def _check_products(params: SamplingParams, prompts: int, limits: Limits) -> None:

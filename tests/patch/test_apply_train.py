@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from engine.core.errors import ConfigError
 from engine.loading import open_weights
 from engine.patching import train_step
-from engine.patching.train import TrainSettings, train
+from engine.patching.train import END_OF_TEXT, TrainSettings, train
 from engine.patching.train_data import TokenBlocks, token_blocks, windows
 from engine.tokenization import load_tokenizer
 from scripts.patch import main as patch_command
@@ -94,6 +94,36 @@ def test_a_killed_run_ends_with_the_same_bits(tmp_path: Path, lora_rank: int) ->
     assert [path.name for path in sorted((tmp_path / "parts.training").iterdir())] == ["step-00000006", "step-00000008"]
 
 
+def test_all_blocks_are_the_whole_model(tmp_path: Path) -> None:
+    """First and last blocks that meet in the middle leave nothing frozen, the last norm neither."""
+    base = model_of(tmp_path)
+    train(base, TEXTS, tmp_path / "out", dataclasses.replace(SETTINGS, first_blocks=2, last_blocks=1, save_every=0))
+    before, after = tensors_of(base), tensors_of(tmp_path / "out")
+    assert [name for name in before if before[name] == after[name]] == []
+    assert not (tmp_path / "out.training").exists()  # no snapshots were asked for
+
+
+def test_rows_may_learn_at_a_rate_of_their_own(tmp_path: Path) -> None:
+    """The first update of AdamW is as large as the rate: rows move by three times what a block's matrix does."""
+    base = model_of(tmp_path)
+    settings = dataclasses.replace(SETTINGS, row_rate=3.0, steps=1, warmup=0, learning_rate=1e-3, weight_decay=0.0)
+    train(base, TEXTS, tmp_path / "out", settings)
+    with open_weights(base) as old, open_weights(tmp_path / "out") as new:
+        names = ("model.embed_tokens.weight", "lm_head.weight", "model.layers.0.mlp.up_proj.weight")
+        moved = [float((new.get(name) - old.get(name)).abs().max()) for name in names]
+    assert moved == pytest.approx([3e-3, 3e-3, 1e-3], rel=0.01)
+
+
+def test_every_block_is_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks and nothing inside them, so that one compilation serves all."""
+    model = train_step.load_model(model_of(tmp_path), "cpu")
+    names = {module: name for name, module in model.named_modules()}
+    compiled: list[str] = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **options: compiled.append(names[module]))
+    train_step.compile_blocks(model)
+    assert compiled == ["model.layers.0", "model.layers.1", "model.layers.2"]
+
+
 def test_adapters_end_up_in_their_layers(tmp_path: Path) -> None:
     """The merged checkpoint says what the model with adapters said; norms of learning blocks stay."""
     pytest.importorskip("peft")
@@ -151,6 +181,15 @@ def test_blocks_are_the_documents_end_to_end(tmp_path: Path) -> None:
     assert blocks.ids.flatten().tolist() == wanted[: len(wanted) // 2 * 2] and blocks.utf8_bytes == 12
 
 
+def test_the_models_own_end_of_text_may_separate(tmp_path: Path) -> None:
+    """`--separator eos` is another id in each vocabulary; a model without one is told so."""
+    base = model_of(tmp_path, eos_token_id=2)
+    settings = dataclasses.replace(SETTINGS, separator=END_OF_TEXT, steps=1)
+    own = train(base, TEXTS, tmp_path / "own", settings)
+    given = train(base, TEXTS, tmp_path / "given", dataclasses.replace(settings, separator=2))
+    assert load_tokenizer(base).eos_ids == (2,) and own["tokens_sha256"] == given["tokens_sha256"]
+
+
 @pytest.mark.parametrize("context", [2, 3, 8, 64])
 @pytest.mark.parametrize("length", [1, 2, 3, 9, 40, 65])
 def test_windows_score_every_token_once(length: int, context: int) -> None:
@@ -171,6 +210,18 @@ def test_bits_per_byte_is_the_documents_own(tmp_path: Path) -> None:
         chances = model(torch.tensor([[1, *ids]])).logits[0].log_softmax(-1)
     by_hand = -sum(float(chances[at, token]) for at, token in enumerate(ids)) / np.log(2) / 19
     assert abs(loss.bits_per_byte - by_hand) < 1e-5
+
+
+def test_documents_score_the_same_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows of different lengths go through the model at once, filled up; each document keeps its own nats."""
+    base = model_of(tmp_path)
+    model = train_step.load_model(base, "cpu")
+    documents = load_tokenizer(base).encode_batch([TEXTS[0], "a", TEXTS[1] * 3, TEXTS[2][:40]], False)
+    apart = [train_step.document_nats(model, [ids], 16, 1, amp=False)[0] for ids in documents]
+    monkeypatch.setitem(train_step.SCORED_TOKENS, "cpu", 16 * 5)
+    assert train_step.document_nats(model, documents, 16, 1, amp=False) == pytest.approx(apart, rel=1e-5)
+    whole = train_step.evaluate(model, [(ids, 1) for ids in documents], 16, 1, amp=False)
+    assert whole.nats * whole.tokens == pytest.approx(sum(apart), rel=1e-5)
 
 
 def test_the_rate_warms_up_and_falls_to_nothing() -> None:

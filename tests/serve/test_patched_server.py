@@ -161,6 +161,29 @@ def test_usage_counts_both_vocabularies(http: httpx.Client, tokenizer: PatchedTo
     assert (shown["base_tokens"], shown["base_count"]) == (base_ids, len(base_ids))
 
 
+@pytest.mark.parametrize("most", [1, 7, 12, 300])
+def test_an_answer_may_be_limited_in_base_tokens(http: httpx.Client, made: tuple[Path, Path, Artefact],
+                                                 most: int) -> None:
+    """It ends with the token that reaches the limit, whatever number of tokens arrive together; max_tokens still
+    holds, and need not be given."""
+    lengths = [len(old) for old in made[2].old_ids]
+    ngram = max(made[2].ngram_ids, key=lambda token: lengths[token])
+    many = {"prompt": PROMPTS[0], "temperature": 0, "max_tokens": 120, "logit_bias": {str(ngram): 3}, "token_space":
+            "engine", "logprobs": 0, "ignore_eos": True}  # fmt: skip
+    whole = post(http, C, **many)
+    said = post(http, C, **many, max_base_tokens=most)
+    usage, choice = said["usage"], said["choices"][0]
+    assert whole["choices"][0]["text"].startswith(choice["text"].rstrip("\ufffd"))
+    assert choice["finish_reason"] == "length"
+    reached = min(most, whole["usage"]["base_completion_tokens"])
+    assert reached <= usage["base_completion_tokens"] < reached + max(lengths)
+    assert len(choice["logprobs"]["tokens"]) == usage["completion_tokens"] <= 120
+    del many["max_tokens"]
+    if most < 100:
+        assert post(http, C, **many, max_base_tokens=most)["usage"] == usage
+    refused(http, C, "max_base_tokens", "max_base_tokens=0", prompt="x", max_base_tokens=0)
+
+
 def test_a_chat_is_encoded_in_parts(http: httpx.Client, tokenizer: PatchedTokenizer) -> None:
     """Special strings of a user are text; the base's ids are those of the whole text; no n-gram joins template and
     message, though "user\\nWhat" is one here."""
