@@ -11,7 +11,7 @@ import importlib.util
 import logging
 import os
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -364,6 +364,16 @@ def chunk_schedule(config: EngineConfig) -> ChunkSchedule | None:
     return ChunkSchedule(low, high, over, stages, config.chunk_schedule_budget)
 
 
+def rehearsal(slot: int, tokens: int) -> Iterator[list[Row]]:
+    """Steps of few and of many short prompts with a decode behind them, all in one slot that holds `tokens`.
+
+    Kernels are built for counts of sequences, and none shall be built while somebody waits.
+    """
+    for prompts in (1, 2, 17, 65, 257):
+        if 2 * prompts < tokens:
+            yield [*(Row(slot, 0, [0, 0], True) for _ in range(prompts)), Row(slot, 1, [0], True)]
+
+
 def prepare_gpu(
     runner: Runner, spec: ModelSpec, config: EngineConfig, pool_groups: int, progress: Progress | None
 ) -> int:
@@ -385,6 +395,9 @@ def prepare_gpu(
         if not config.enforce_eager:
             with contextlib.nullcontext() if runner.scx is None else runner.scx.recording():
                 record_graphs(runner, spec, config, tokens, progress)
+        for rows in rehearsal(slot, min(tokens, geometry.max_tokens)):
+            step = store.place(pack(rows).to(runner.device))
+            (runner.pieces if runner.pieces is not None and runner.pieces.fits(step) else runner.model)(step)
     torch.cuda.synchronize()
     if runner.scx is not None:
         runner.scx.scx.secure.close(slot)

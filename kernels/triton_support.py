@@ -6,7 +6,6 @@ It knows shapes and strides of tensors, never their meaning. Importing it needs 
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -38,7 +37,7 @@ def gdc_launch():
                               is_pure=False, pack=1)  # fmt: skip
 
 
-if os.environ.get("TRITON_INTERPRET") == "1":
+if triton.knobs.runtime.interpret:
 
     @triton.jit
     def join_threads():

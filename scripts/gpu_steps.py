@@ -30,6 +30,7 @@ from scripts.benching.options import add_workload_flags, workloads_of
 from scripts.benching.workloads import warm_up
 
 HOST = ("plan", "memory", "launch", "ahead", "wait", "commit")
+COLUMNS = ("tokens", "prompts", "decodes", "wall", "period", "gpu", *HOST)
 
 
 class Watch:
@@ -105,7 +106,7 @@ def table(steps: Sequence[dict[str, float]]) -> list[dict[str, Any]]:
     found = []
     for name, mine in kinds.items():
         row: dict[str, Any] = {"kind": name, "steps": len(mine)}
-        for key in ("tokens", "prompts", "decodes", "wall", "period", "gpu", *HOST):
+        for key in COLUMNS:
             row[key] = round(mean(step.get(key, 0.0) for step in mine), 3)
         found.append(row)
     return sorted(found, key=lambda row: -row["wall"] * row["steps"])
@@ -113,10 +114,9 @@ def table(steps: Sequence[dict[str, float]]) -> list[dict[str, Any]]:
 
 def show(rows: Sequence[dict[str, Any]]) -> None:
     """A line a kind; times in milliseconds."""
-    keys = ("tokens", "prompts", "decodes", "wall", "period", "gpu", *HOST)
-    print(f"{'kind':28}{'steps':>6}" + "".join(f"{key:>9}" for key in keys))
+    print(f"{'kind':28}{'steps':>6}" + "".join(f"{key:>9}" for key in COLUMNS))
     for row in rows:
-        print(f"{row['kind']:28}{row['steps']:6}" + "".join(f"{row[key]:9.2f}" for key in keys))
+        print(f"{row['kind']:28}{row['steps']:6}" + "".join(f"{row[key]:9.2f}" for key in COLUMNS))
 
 
 def kernels_of(seen: Any, steps: int) -> dict[str, Any]:
@@ -186,9 +186,12 @@ def measure(engine: Opened, workload: Any, window: tuple[int, int] | None, host:
     if window:
         steps = steps[: window[0]] + steps[window[1] + 3 :]
     rows = table(steps)
+    slowest = sorted(steps[1:], key=lambda step: -step.get("wall", 0.0))[:8]
     print(f"{workload.name}: {run.seconds:.2f} s, {workload.output_tokens / run.seconds:,.0f} output tok/s, "
           f"{run.steps} steps", flush=True)  # fmt: skip
     show(rows)
+    print("slowest:")
+    show([{"kind": kind(step), "steps": 1, **{key: step.get(key, 0.0) for key in COLUMNS}} for step in slowest])
     found: dict[str, Any] = {"workload": workload.name, "seconds": run.seconds, "steps": rows}
     if profiled is not None and profiled.found:
         found["kernels"] = profiled.found
