@@ -5,15 +5,10 @@ The one place that turns settings into objects. It decides nothing per request o
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import importlib.util
 import logging
 import os
-import secrets
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -27,13 +22,13 @@ from engine.core.policies import DEFAULT_CHUNK_TOKENS, ChunkSchedule, Pace, make
 from engine.core.request import SamplingParams
 from engine.core.scheduler import Scheduler
 from engine.exec.local import LocalExecutor
+from engine.gpu import Progress, choose_device, prepare_gpu
 from engine.kv.paged import PagedStore
 from engine.kv.slots import SlotStore
 from engine.kv.store import KvStore
 from engine.loading.spec import ModelSpec, read_config
 from engine.loading.weights import open_weights
 from engine.models import models
-from engine.parts.cuda_kernels import CudaLayer
 from engine.parts.dummy import dummy_weights
 from engine.parts.kernel_set import kernel_sets
 from engine.parts.parts import Parts
@@ -41,22 +36,17 @@ from engine.parts.rope import rope_table
 from engine.patching.artefact import Artefact
 from engine.patching.reduction import load_reduction
 from engine.patching.served import check_weights, fit, patch_folder
-from engine.runner.batch import Row, pack
 from engine.runner.device_sampler import DeviceSampler
-from engine.runner.graphs import DecodeGraphs
-from engine.runner.pieces import PieceGraphs
 from engine.runner.runner import Runner
 from engine.runner.sampler import Sampler
 from engine.scx.attention import Scx
 from engine.scx.config import ALIASES, UNIX, ScxConfig, scx_config, session_bytes
 from engine.scx.environment import with_environment
-from engine.scx.sessions import NONCE_BYTES, Sessions
+from engine.scx.sessions import Sessions
 from vattention_ext import KvAllocator, KvGeometry
 
 log = logging.getLogger(__name__)
 
-Progress = Callable[[int, int], None]
-MOST_PIECE_TOKENS = 4096  # a longer step keeps the GPU busy for longer than its launches take
 STOCK_BYTES = 256 << 20  # of physical pages that a GPU's mapper keeps created ahead of need
 
 
@@ -128,22 +118,6 @@ def within_mappings(config: EngineConfig, pool_groups: int, addressable_groups: 
         )
     log.warning("KV pool lowered from %d to %d page groups: %s", pool_groups, addressable_groups, fix)
     return addressable_groups
-
-
-def choose_device(asked: str) -> str:
-    """"cuda" or "cpu". Raises ConfigError when a GPU is asked for and cannot be used.
-
-    "auto" stays on the CPU: the GPU path is tested on a stand-in for the driver and in Triton's interpreter, and has
-    not run on a GPU yet.
-    """
-    if asked != "cuda":
-        return "cpu"
-    if not torch.cuda.is_available():
-        raise ConfigError("--device cuda: PyTorch sees no CUDA device; use --device cpu")
-    if importlib.util.find_spec("triton") is None:
-        raise ConfigError("--device cuda: Triton is not installed; use --device cpu or `pip install triton`")
-    log.warning("the GPU path has not been run on a GPU yet: expect faults, and measure nothing by it")
-    return "cuda"
 
 
 def build_runner(
@@ -362,74 +336,6 @@ def chunk_schedule(config: EngineConfig) -> ChunkSchedule | None:
     over, stages = config.chunk_schedule_max_tokens, config.chunk_schedule_stages
     assert low and high and over and stages
     return ChunkSchedule(low, high, over, stages, config.chunk_schedule_budget)
-
-
-def rehearsal(slot: int, tokens: int) -> Iterator[list[Row]]:
-    """Steps of few and of many short prompts with a decode behind them, all in one slot that holds `tokens`.
-
-    Kernels are built for counts of sequences, and none shall be built while somebody waits.
-    """
-    for prompts in (1, 2, 17, 65, 257):
-        if 2 * prompts < tokens:
-            yield [*(Row(slot, 0, [0, 0], True) for _ in range(prompts)), Row(slot, 1, [0], True)]
-
-
-def prepare_gpu(
-    runner: Runner, spec: ModelSpec, config: EngineConfig, pool_groups: int, progress: Progress | None
-) -> int:
-    """Run the largest step once, record the graphs, and size the pool by what memory is left. Returns its groups.
-
-    The step's peak stays with PyTorch's allocator, so what is free afterwards is the pool's to take. An explicit pool
-    size is kept.
-    """
-    store, geometry = runner.store, runner.store.geometry
-    tokens = min(config.high_chunk_tokens or config.chunk_tokens or geometry.max_tokens, geometry.max_tokens)
-    slot = store.borrow(tokens)
-    if runner.scx is not None:
-        if not runner.scx.scx.secure.in_stream:
-            log.info("no graphs: encoded layers wait for the secure side in every step")
-        runner.scx.scx.secure.open(slot, secrets.token_bytes(NONCE_BYTES))
-    with torch.inference_mode():
-        step = pack([Row(slot, 0, [0] * tokens, True)]).to(runner.device)
-        runner.model(store.place(step))
-        if not config.enforce_eager:
-            with contextlib.nullcontext() if runner.scx is None else runner.scx.recording():
-                record_graphs(runner, spec, config, tokens, progress)
-        for rows in rehearsal(slot, min(tokens, geometry.max_tokens)):
-            step = store.place(pack(rows).to(runner.device))
-            (runner.pieces if runner.pieces is not None and runner.pieces.fits(step) else runner.model)(step)
-    torch.cuda.synchronize()
-    if runner.scx is not None:
-        runner.scx.scx.secure.close(slot)
-    store.give_back(slot)
-    if not isinstance(store, SlotStore):
-        return pool_groups
-    if config.kv_pool_bytes is None and config.kv_pool_groups is None:
-        free_bytes, total_bytes = torch.cuda.mem_get_info()
-        spare_bytes = int(total_bytes * (1 - config.gpu_memory_utilization))
-        pool_groups = min(pool_groups, max(1, (free_bytes - spare_bytes) // geometry.group_bytes))
-    log.info("KV pool of %d groups, %d MiB", pool_groups, pool_groups * geometry.group_bytes >> 20)
-    store.allocator.set_limit(pool_groups)
-    return pool_groups
-
-
-def record_graphs(
-    runner: Runner, spec: ModelSpec, config: EngineConfig, tokens: int, progress: Progress | None
-) -> None:
-    """Give the runner the graphs that its model allows. tokens: prompt tokens of the largest step."""
-    layers = getattr(runner.model, "layers", [])
-    if layers and all(isinstance(layer, CudaLayer) for layer in layers):
-        most = min(tokens + config.max_num_seqs, MOST_PIECE_TOKENS)
-        split: Any = runner.model
-        pieces = PieceGraphs(split, runner.device, most, heads=spec.heads, head_dim=spec.head_dim)
-        pieces.capture(progress)
-        runner.pieces = pieces
-    if runner.replayable:
-        assert isinstance(runner.sampler, DeviceSampler)
-        graphs = DecodeGraphs(runner.model, runner.store.place, runner.newest, runner.sampler, runner.device,
-                              min(config.max_num_seqs, 512))  # fmt: skip
-        graphs.capture(progress)
-        runner.graphs = graphs
 
 
 def build_engine(

@@ -157,7 +157,7 @@ class EngineConfig:
         help="who computes attention over the slots")
     device: str = knob(
         "auto", choices=("auto", "cpu", "cuda"), group="engine",
-        help="where the model runs; auto = the CPU. cuda is written, and not yet run on a GPU")
+        help="where the model runs; auto = a GPU that the kernels run on (sm_80 or later, with Triton), else the CPU")
     seed: int = knob(
         0, lo=0, hi=(1 << 63) - 1, group="engine",
         help="seeds requests that bring none: the same requests in the same order give the same samples")

@@ -34,7 +34,7 @@ OURS = {
     "tessera_kernels": set(),
     "vattention_ext": set(),
 }  # fmt: skip
-TOP = {"engine.serve", "engine.api_server", "engine.build", "engine"}  # may import everything of ours
+TOP = {"engine.serve", "engine.api_server", "engine.build", "engine.gpu", "engine"}  # may import everything of ours
 NO_TORCH = ("engine.core", "engine.tokenization", "engine.tokenization.patched", "engine.patching", "engine.loading",
             "vattention_ext")
 NO_TORCH_EXCEPT = ("engine/loading/weights.py", "engine/patching/train.py", "engine/patching/train_step.py")

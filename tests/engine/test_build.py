@@ -10,6 +10,7 @@ import torch
 from engine.build import build_engine, within_mappings
 from engine.core.config import EngineConfig
 from engine.core.errors import ConfigError, LoadError
+from engine.gpu import choose_device
 from engine.serve.engine_process import build_real
 from tests import models
 
@@ -54,6 +55,32 @@ def test_what_needs_a_gpu_is_refused_without_one() -> None:
     ):
         with pytest.raises(ConfigError, match=words):
             build_engine(EngineConfig(model=folder, **settings))
+
+
+@pytest.mark.parametrize(
+    ("capability", "triton", "lacks"),
+    [((9, 0), True, None), ((8, 0), True, None), ((7, 5), True, "is 7.5, and 8.0"), ((9, 0), False, "Triton"),
+     (None, True, "sees no CUDA device")],
+)  # fmt: skip
+def test_auto_takes_a_gpu_that_the_kernels_run_on(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+    capability: tuple[int, int] | None, triton: bool, lacks: str | None,
+) -> None:  # fmt: skip
+    """Else the CPU, with the reason in one line of the log; asked for by name, the reason is the error."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: "there" if triton else None)
+    with caplog.at_level("INFO", "engine.gpu"):
+        assert choose_device("auto") == ("cuda" if lacks is None else "cpu")
+        assert choose_device("cpu") == "cpu"
+    (line,) = caplog.messages
+    assert (lacks or "device cuda: a GPU") in line
+    if lacks is None:
+        assert choose_device("cuda") == "cuda"
+    else:
+        with pytest.raises(ConfigError, match=lacks):
+            choose_device("cuda")
 
 
 def test_an_unknown_architecture_is_named(tmp_path: object) -> None:

@@ -50,7 +50,7 @@ def starts(names: Sequence[str], *tops: str) -> list[str]:
 
 
 def test_the_wheel_ships_the_packages_and_nothing_else(wheel: Path, root: Path) -> None:
-    """Five top-level names; every Python file of the packages; extensions, stubs and markers; no sources of C++."""
+    """Five top-level names; every Python file of the packages; extensions, stubs, markers, settings; no C++ sources."""
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
     tops = {name.split("/")[0] for name in names}
@@ -58,7 +58,7 @@ def test_the_wheel_ships_the_packages_and_nothing_else(wheel: Path, root: Path) 
     assert tops == {"engine", "scx", "tessera_kernels", "vattention_ext", facts}
     assert not [name for name in names if name.endswith((".cpp", ".hpp", ".h", ".ipp", ".o"))]
     for folder, package in (("engine", "engine"), ("kernels", "tessera_kernels"), ("vattention_ext", "vattention_ext")):
-        wanted = {f"{package}/{path.relative_to(root / folder).as_posix()}" for end in ("*.py", "*.pyi", "py.typed")
+        wanted = {f"{package}/{path.relative_to(root / folder).as_posix()}" for end in ("*.py", "*.pyi", "py.typed", "tuning/*.json")
                   for path in (root / folder).rglob(end)}  # fmt: skip
         assert wanted == {name for name in starts(names, package) if not name.endswith(".so")}
         assert f"{package}/py.typed" in names

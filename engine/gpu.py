@@ -1,0 +1,130 @@
+"""When a GPU is used, and what is done on it before the first request: a step's peak, graphs, the pool's size.
+
+It builds no part of an engine and runs no request.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import logging
+import secrets
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from engine.core.config import EngineConfig
+from engine.core.errors import ConfigError
+from engine.kv.slots import SlotStore
+from engine.loading.spec import ModelSpec
+from engine.parts.cuda_kernels import CudaLayer
+from engine.runner.batch import Row, pack
+from engine.runner.device_sampler import DeviceSampler
+from engine.runner.graphs import DecodeGraphs
+from engine.runner.pieces import PieceGraphs
+from engine.runner.runner import Runner
+from engine.scx.sessions import NONCE_BYTES
+
+log = logging.getLogger(__name__)
+
+Progress = Callable[[int, int], None]
+LEAST_CAPABILITY = (8, 0)  # bf16 products and asynchronous copies, which our kernels use
+MOST_PIECE_TOKENS = 4096  # a longer step keeps the GPU busy for longer than its launches take
+
+
+def choose_device(asked: str) -> str:
+    """"cuda" or "cpu"; the log says which and why. "auto" takes a GPU that our kernels run on.
+
+    Raises ConfigError when a GPU is asked for and cannot be used.
+    """
+    if asked == "cpu":
+        return "cpu"
+    lacking = lacks_gpu()
+    if lacking is None:
+        log.info("device cuda: %s", torch.cuda.get_device_name(0))
+        return "cuda"
+    if asked == "cuda":
+        raise ConfigError(f"--device cuda: {lacking}; use --device cpu")
+    log.info("device cpu: %s", lacking)
+    return "cpu"
+
+
+def lacks_gpu() -> str | None:
+    """Why a GPU cannot be used here; None when it can."""
+    if not torch.cuda.is_available():
+        return "PyTorch sees no CUDA device"
+    found = torch.cuda.get_device_capability(0)
+    if found < LEAST_CAPABILITY:
+        return f"the GPU's compute capability is {found[0]}.{found[1]}, and {LEAST_CAPABILITY[0]}.0 is the least"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed (pip install triton)"
+    return None
+
+
+def rehearsal(slot: int, tokens: int) -> Iterator[list[Row]]:
+    """Steps of few and of many short prompts with a decode behind them, all in one slot that holds `tokens`.
+
+    Kernels are built for counts of sequences, and none shall be built while somebody waits.
+    """
+    for prompts in (1, 2, 17, 65, 257):
+        if 2 * prompts < tokens:
+            yield [*(Row(slot, 0, [0, 0], True) for _ in range(prompts)), Row(slot, 1, [0], True)]
+
+
+def prepare_gpu(
+    runner: Runner, spec: ModelSpec, config: EngineConfig, pool_groups: int, progress: Progress | None
+) -> int:
+    """Run the largest step once, record the graphs, and size the pool by what memory is left. Returns its groups.
+
+    The step's peak stays with PyTorch's allocator, so what is free afterwards is the pool's to take. An explicit pool
+    size is kept.
+    """
+    store, geometry = runner.store, runner.store.geometry
+    tokens = min(config.high_chunk_tokens or config.chunk_tokens or geometry.max_tokens, geometry.max_tokens)
+    slot = store.borrow(tokens)
+    if runner.scx is not None:
+        if not runner.scx.scx.secure.in_stream:
+            log.info("no graphs: encoded layers wait for the secure side in every step")
+        runner.scx.scx.secure.open(slot, secrets.token_bytes(NONCE_BYTES))
+    with torch.inference_mode():
+        step = pack([Row(slot, 0, [0] * tokens, True)]).to(runner.device)
+        runner.model(store.place(step))
+        if not config.enforce_eager:
+            with contextlib.nullcontext() if runner.scx is None else runner.scx.recording():
+                record_graphs(runner, spec, config, tokens, progress)
+        for rows in rehearsal(slot, min(tokens, geometry.max_tokens)):
+            step = store.place(pack(rows).to(runner.device))
+            (runner.pieces if runner.pieces is not None and runner.pieces.fits(step) else runner.model)(step)
+    torch.cuda.synchronize()
+    if runner.scx is not None:
+        runner.scx.scx.secure.close(slot)
+    store.give_back(slot)
+    if not isinstance(store, SlotStore):
+        return pool_groups
+    if config.kv_pool_bytes is None and config.kv_pool_groups is None:
+        free_bytes, total_bytes = torch.cuda.mem_get_info()
+        spare_bytes = int(total_bytes * (1 - config.gpu_memory_utilization))
+        pool_groups = min(pool_groups, max(1, (free_bytes - spare_bytes) // geometry.group_bytes))
+    log.info("KV pool of %d groups, %d MiB", pool_groups, pool_groups * geometry.group_bytes >> 20)
+    store.allocator.set_limit(pool_groups)
+    return pool_groups
+
+
+def record_graphs(
+    runner: Runner, spec: ModelSpec, config: EngineConfig, tokens: int, progress: Progress | None
+) -> None:
+    """Give the runner the graphs that its model allows. tokens: prompt tokens of the largest step."""
+    layers = getattr(runner.model, "layers", [])
+    if layers and all(isinstance(layer, CudaLayer) for layer in layers):
+        most = min(tokens + config.max_num_seqs, MOST_PIECE_TOKENS)
+        split: Any = runner.model
+        pieces = PieceGraphs(split, runner.device, most, heads=spec.heads, head_dim=spec.head_dim)
+        pieces.capture(progress)
+        runner.pieces = pieces
+    if runner.replayable:
+        assert isinstance(runner.sampler, DeviceSampler)
+        graphs = DecodeGraphs(runner.model, runner.store.place, runner.newest, runner.sampler, runner.device,
+                              min(config.max_num_seqs, 512))  # fmt: skip
+        graphs.capture(progress)
+        runner.graphs = graphs
