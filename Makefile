@@ -11,7 +11,7 @@ ARGS ?=
 SHELL := /bin/bash
 
 ifeq ($(VENV),0)
-  PY := PYTHONPATH=$(CURDIR)/build/path:$(CURDIR) $(PYTHON)
+  PY := PYTHONPATH=$(CURDIR)/build/path:$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON)
   STATE := build/path
 else
   PY := .venv/bin/python
@@ -32,13 +32,13 @@ help: ## what there is to make
 serve: $(STATE)/.ready-serve ## install, build, obtain SmolLM2-135M-Instruct and serve it on 127.0.0.1:8000
 	$(PY) -m engine.api_server --host 127.0.0.1 --port 8000 $(ARGS)
 
-test: check ## make check and the whole CPU suite
-	$(PY) -m pytest -m "not slow" $(CPU_TESTS) $(ARGS)
+test: check ## make check and the whole CPU suite, which sees no GPU
+	CUDA_VISIBLE_DEVICES= $(PY) -m pytest -m "not slow" $(CPU_TESTS) $(ARGS)
 
 test-full: check ## make test with the slow tests
-	$(PY) -m pytest --timeout 1800 $(CPU_TESTS) $(ARGS)
+	CUDA_VISIBLE_DEVICES= $(PY) -m pytest --timeout 1800 $(CPU_TESTS) $(ARGS)
 
-test-gpu: $(STATE)/.ready-test ## the tests that need a GPU, skipped without one; SHARD=1/4 runs a quarter
+test-gpu: $(STATE)/.ready-test-gpu ## the tests that need a GPU, skipped without one; SHARD=1/4 runs a quarter
 	$(PY) -m pytest -p no:cacheprovider --timeout 300 --shard $(SHARD) $(GPU_TESTS) $(ARGS)
 
 check: $(STATE)/.ready-test ## ruff, mypy, manifests, import floors, lints, links
@@ -63,6 +63,9 @@ $(STATE)/.ready-serve: $(INSTALL) $(NATIVE)
 
 $(STATE)/.ready-test: $(INSTALL) $(NATIVE)
 	$(PYTHON) scripts/install.py --state $(STATE) --for test
+
+$(STATE)/.ready-test-gpu: $(INSTALL) $(NATIVE)
+	$(PYTHON) scripts/install.py --state $(STATE) --for test-gpu
 
 clean: ## remove what was built and installed here (not the models)
 	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

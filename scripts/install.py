@@ -21,7 +21,8 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent.parent
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 CPU_INDEX_TIMEOUT_S = 3.0
-EXTRAS = {"serve": ("cpu",), "test": ("cpu", "test", "train")}
+EXTRAS = {"serve": ("cpu",), "test": ("cpu", "test", "train"), "test-gpu": ("cpu", "test", "train")}
+GPU_TESTS_NEED = ("pytest", "pytest-timeout", "hypothesis")  # beside what serving needs
 
 
 def missing_tools(need_venv: bool) -> list[str]:
@@ -106,8 +107,9 @@ def in_place(folder: Path, purpose: str) -> str | None:
     import tomllib
 
     versions = tomllib.loads((HERE / "requirements/versions.toml").read_text(encoding="utf-8"))
-    wanted = ["core"] + (["test"] if purpose == "test" else [])
-    lacks = [name for section in wanted for name in versions[section] if not _installed(name)]
+    wanted = [*versions["core"], *(versions["test"] if purpose == "test" else ())]
+    wanted += GPU_TESTS_NEED if purpose == "test-gpu" else ()
+    lacks = [name for name in wanted if not _installed(name)]
     if lacks:
         return f"VENV=0 installs nothing, and {sys.executable} lacks: {' '.join(lacks)}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -121,7 +123,8 @@ def in_place(folder: Path, purpose: str) -> str | None:
         say("nanobind (needed to build only) into build/tools")
         if not run(sys.executable, "-m", "pip", "install", "-q", "--target", str(tools), *versions["build"]):
             return "nanobind, which the build needs, is neither installed nor could be downloaded"
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(search)}
+    given = os.environ.get("PYTHONPATH")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*search, *([given] if given else [])])}
     command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
     built = subprocess.run(command, cwd=HERE, env=environment, check=False)
     return None if built.returncode == 0 else "the extensions could not be built; the lines above say why"

@@ -58,7 +58,8 @@ def test_the_wheel_ships_the_packages_and_nothing_else(wheel: Path, root: Path) 
     assert tops == {"engine", "scx", "tessera_kernels", "vattention_ext", facts}
     assert not [name for name in names if name.endswith((".cpp", ".hpp", ".h", ".ipp", ".o"))]
     for folder, package in (("engine", "engine"), ("kernels", "tessera_kernels"), ("vattention_ext", "vattention_ext")):
-        wanted = {f"{package}/{path.relative_to(root / folder).as_posix()}" for end in ("*.py", "*.pyi", "py.typed", "tuning/*.json")
+        wanted = {f"{package}/{path.relative_to(root / folder).as_posix()}"
+                  for end in ("*.py", "*.pyi", "py.typed", "tuning/*.json")
                   for path in (root / folder).rglob(end)}  # fmt: skip
         assert wanted == {name for name in starts(names, package) if not name.endswith(".so")}
         assert f"{package}/py.typed" in names
