@@ -33,7 +33,8 @@ def encode_store(
 
     qkv (N, (H + 2G) * D), of the views' dtype or fp32; cos_sin (P, 2, D/2) fp32; k_view, v_view (S, C, G, D). q comes
     in the views' dtype. Everything between qkv and the one rounding is fp32; a row's bits depend on that row and its
-    maps alone. An order's entries must lie in 0..D-1; they are not checked. Raises ValueError for a wrong shape, dtype or stride, IndexError for a place or table outside.
+    maps alone. An order's entries must lie in 0..D-1; they are not checked. Raises ValueError for a wrong shape, dtype
+    or stride, IndexError for a place or table outside.
     """
     groups, dim = k_view.shape[2:]
     ops = OPS.get(k_view.dtype)

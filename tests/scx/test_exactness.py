@@ -60,8 +60,8 @@ def test_an_encoded_layer_equals_the_plain_one(case: Case) -> None:
 
 @pytest.mark.parametrize("scheme", ["rotate", "mix"])
 def test_the_16_bit_error_over_roots(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The matrix's one root is not a lucky one: several keep the limit, and with room, since rows are rounded once. From
-    projections that were rounded before, they are clearly further off."""
+    """The matrix's one root is not a lucky one: several keep the limit, with room, since rows are rounded once. From
+    projections that were rounded before, they are further off."""
     case = Case("bfloat16", scheme, "whole", "mega", "torch_vattn")
     ratios = [run_case(case, root=root).ratio for root in range(9)]
     assert max(ratios) <= scx_exactness.LIMITS[scheme] - 0.1
@@ -289,7 +289,8 @@ def test_16_bit_projections_cross_in_float32_for_matrices_only(scheme: str, kern
     folder, seen = models.tiny_qwen2_dir(tmp_path, 25), []
     settings = {"attention_backend": "torch_vattn"} if kernels == "torch" else {}
     for each in (scheme, "perm"):
-        engine = oracle.make_engine(folder, dtype="bfloat16", kernels=kernels, scx_layers="0", scx_scheme=each, **settings)
+        engine = oracle.make_engine(folder, dtype="bfloat16", kernels=kernels, scx_layers="0", scx_scheme=each,
+                                    **settings)  # fmt: skip
         scx: Scx = engine.executor.runner.scx.scx
         scx.observer = lambda view, layer, tensors: seen.append(tensors["qkv"].clone()) if "qkv" in tensors else None
         oracle.run_greedy(engine, [[5, 6, 7, 8, 9]], 1)

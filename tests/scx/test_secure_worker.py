@@ -126,7 +126,8 @@ def test_it_answers_as_the_local_side(tmp_path: Path, dtype: torch.dtype, scheme
         for number, chunks in enumerate(STEPS):
             batch = batch_of(*chunks)
             for layer in (0, 2):
-                given = rows_of(batch, number, dtype=torch.float32 if scheme in ("rotate", "mix") else dtype)
+                projected = torch.float32 if scheme in ("rotate", "mix") else dtype
+                given = rows_of(batch, number, dtype=projected)
                 wanted, found = ours.encode(layer, given, batch), theirs.encode(layer, given, batch)
                 assert all(torch.equal(a, b) and a.dtype is b.dtype is dtype for a, b in zip(wanted, found, strict=True))
                 if "seal_tokens" in extra:
