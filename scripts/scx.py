@@ -10,8 +10,10 @@ import sys
 from collections.abc import Sequence
 
 COMMANDS = {
+    "accuracy": ("scripts.scx_accuracy", "perplexity and a cloze task, plain against each scheme"),
     "exactness": ("scripts.scx_exactness", "encoded attention against plain, over dtypes, schemes and schedules"),
     "leakage": ("scripts.scx_attacks.cli", "what attackers recover from encoded keys and values, by scheme"),
+    "lm-eval": ("scripts.scx_lm_eval", "lm-eval's tasks on the engine, plain or encoded"),
     "overhead": ("scripts.scx_overhead", "milliseconds a step with and without encoded layers, in turns"),
     "worker": ("scripts.scx_worker", "the same with keys in a process of their own; stages, bytes and calls"),
 }
