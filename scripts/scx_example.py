@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from engine import LLM, SamplingParams
 from scx.keys import get_scx_config, scx_env_init
+
+from engine import LLM, SamplingParams
 
 QUESTIONS = ("What is the capital of France?", "Name three rivers.", "Why is the sky blue?")
 
