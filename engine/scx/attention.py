@@ -80,10 +80,12 @@ class ScxAttention:
             self._show(batch, q, projected)
         return q
 
-    def attend(self, q: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """Attention alone: queries (N, H, D) -> (N, H * D), still encoded. Blocks that became full are shuffled behind
-        it: later steps see these rows whole, whatever their order."""
-        attended = self.backend.attend(q, self.k, self.v, batch, self.window)
+    def attend(self, q: torch.Tensor, batch: Batch, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Attention alone: queries (N, H, D) -> (N, H * D), in `out` where given, still encoded.
+
+        Blocks that became full are shuffled behind it: later steps see these rows whole, whatever their order.
+        """
+        attended = self.backend.attend(q, self.k, self.v, batch, self.window, out)
         if not self.scx.secure.recording:  # what a graph will do to its steps' blocks, nobody knows yet
             self.scx.seal(self.layer, batch)
         return attended
