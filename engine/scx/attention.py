@@ -40,7 +40,8 @@ class Scx:
     secure: SecureSide
     observer: Observer | None = None
     backend: AttentionBackend | None = None  # in place of the engine's, where one key a request is not enough
-    slabs: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)  # K and V views by encoded layer
+    # K and V views by encoded layer; no text form: most of a slab is not mapped, and what is must not be in a log
+    slabs: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict, repr=False)
     wide: bool = False  # projections come in float32, as Scheme.matrices says
 
     def seal(self, layer: int, batch: Batch) -> None:
