@@ -71,7 +71,7 @@ class Device:
             scx = {"scx_layers": layers, "scx_scheme": rules.scheme, "scx_page_seal": bool(rules.seal_tokens),
                    "scx_seal_tokens": rules.seal_tokens or None, "scx_segment_tokens": rules.segment_tokens or None,
                    "scx_key_file": str(key_file) if key_file else None}  # fmt: skip
-        config = EngineConfig(model=str(folder), dtype=dtype, max_model_len=max_tokens, max_num_seqs=2,
+        config = EngineConfig(model=str(folder), device="cpu", dtype=dtype, max_model_len=max_tokens, max_num_seqs=2,
                               threads=torch.get_num_threads(),
                               kv_pool_bytes=POOL_BYTES, attention_backend="torch_vattn", **scx)  # fmt: skip
         resolved, self.spec, groups = resolve(config)

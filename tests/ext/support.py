@@ -1,13 +1,14 @@
 """What the extension's tests share: building each kind of allocator, and looking at it from outside (/proc, fstat).
 
-Kinds: "model"; "memfd", "fault"; "cuda", "fault_cuda" on the fake libcuda (fake.py); and "gpu", the CUDA driver on the
-first real GPU, where there is one. Knows no expected values.
+Kinds: "model"; "memfd", "fault"; "cuda", "fault_cuda" on the fake libcuda (fake.py); and "gpu", "fault_gpu", the same
+two drivers on the first real GPU (tests/gpu). Knows no expected values.
 """
 
 from __future__ import annotations
 
 import ctypes
 import dataclasses
+import functools
 import gc
 import os
 from pathlib import Path
@@ -15,12 +16,14 @@ from typing import Any
 
 import numpy as np
 
-from tests.ext.fake import fake_cuda, has_gpu
+from scripts.gpu_allocator_checks import Cuda
+from tests.ext.fake import fake_cuda
 from vattention_ext import KvGeometry, KvStats
 from vattention_ext.model import KvModel
 
 LINUX = ("memfd", "fault")
-KINDS = ("model", *LINUX, "cuda", *(("gpu",) if has_gpu() else ()))
+KINDS = ("model", *LINUX, "cuda")
+GPU = {"gpu": "cuda", "fault_gpu": "fault_cuda"}
 PAGE_BYTES = 4096
 GPU_PAGE_BYTES = 2 << 20
 
@@ -38,7 +41,7 @@ def geometry(
 
 def page_bytes_of(kind: str) -> int:
     """Smallest page of the kind."""
-    return GPU_PAGE_BYTES if kind == "gpu" else PAGE_BYTES
+    return GPU_PAGE_BYTES if kind in GPU else PAGE_BYTES
 
 
 def make(kind: str, shape: KvGeometry, **settings: Any) -> Any:
@@ -49,7 +52,7 @@ def make(kind: str, shape: KvGeometry, **settings: Any) -> Any:
 
     if kind in ("cuda", "fault_cuda"):
         settings["libcuda"] = str(fake_cuda().path)
-    return KvAllocator(shape, driver="cuda" if kind == "gpu" else kind, **settings)
+    return KvAllocator(shape, driver=GPU.get(kind, kind), **settings)
 
 
 def assert_clean(kind: str) -> None:
@@ -100,6 +103,25 @@ def words_of(region: Any) -> np.ndarray[Any, Any]:
     """The region as uint64 (nbytes / 8,), writable where pages are. Must not be used after close()."""
     buffer = (ctypes.c_uint8 * region.nbytes).from_address(region.address)
     return np.frombuffer(buffer, dtype=np.uint64)
+
+
+class GpuWords:
+    """A region of a GPU as uint64, one word a copy."""
+
+    def __init__(self, region: Any) -> None:
+        self._address, self._cuda = region.address, libcuda()
+
+    def __getitem__(self, index: int) -> int:
+        return self._cuda.read(self._address + 8 * index)
+
+    def __setitem__(self, index: int, word: int) -> None:
+        self._cuda.write(self._address + 8 * index, word)
+
+
+@functools.cache
+def libcuda() -> Cuda:
+    """The real one, on the first GPU."""
+    return Cuda(None, 0)
 
 
 def committed_bytes(stats: KvStats) -> int:
