@@ -1,4 +1,4 @@
-"""What the GPU tests share: `--shard i/n` runs every n-th of them, `--budget-s N` starts none later, and the run ends in
+"""What the GPU tests share: `--shard i/n` runs every n-th test, `--budget-s N` starts none later, and the run ends in
 a plain count."""
 
 from __future__ import annotations
