@@ -17,6 +17,7 @@ import triton
 from engine.core.request import SamplingParams
 from engine.runner.device_sampler import DeviceSampler, GraphRules, choose
 from engine.runner.sampler import Pick, Sampler, torch_argmax, uniform
+from tessera_kernels import triton_sample
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 if not (torch.cuda.is_available() or INTERPRETED):
@@ -74,6 +75,44 @@ def test_draws_as_the_judge(vocab: int) -> None:
     assert len(differing) <= ROWS // 100
     for i in differing:
         assert near_a_boundary(logits[i], picks[i], got[i], want[i]), (picks[i], got[i], want[i])
+
+
+SHAPES = {
+    "flat": lambda noise: noise, "narrow": lambda noise: noise / 100, "far from zero": lambda noise: noise / 2 - 300,
+    "one bin": lambda noise: noise * 1e-5, "peaked": lambda noise: noise + 40 * (noise > 3),
+    "halves": lambda noise: (2 * noise).bfloat16().float(), "one ahead": lambda noise: noise + 9 * (noise > 3.3),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("slack", [None, -0.4])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_any_distribution(monkeypatch: pytest.MonkeyPatch, shape: str, slack: float | None) -> None:
+    """Nuclei of few elements and of thousands, ties by the hundred, cuts far down; and the same where what is counted
+    leads to wrong places, so that whole rows must be looked at."""
+    vocab, rows = (9000, 12) if INTERPRETED else (128256, 64)
+    if slack is not None:
+        monkeypatch.setattr(triton_sample, "SLACK", slack)
+    rng = random.Random(shape)
+    logits = SHAPES[shape](torch.randn(rows, vocab, generator=torch.Generator().manual_seed(5)))
+    rules = [{"top_p": 0.9}, {"top_k": 50}, {"top_k": 50, "top_p": 0.5}, {"top_k": vocab // 2, "top_p": 0.95},
+             {"top_p": 0.01}, {"top_k": vocab - 1}, {"min_p": 0.05, "top_p": 0.95}, {"top_p": 0.999999},
+             {"top_k": vocab // 2}, {"top_k": 1}, {}, {"min_p": 0.3}]  # fmt: skip
+    picks = [Pick(SamplingParams(temperature=rng.choice([0.3, 1.0, 1.7]), seed=rng.randrange(1 << 40), **rules[i % 12]),
+                  i, frozenset()) for i in range(rows)]  # fmt: skip
+    want = Sampler(vocab)(logits.clone(), picks).tolist()
+    got = DeviceSampler(vocab, torch_argmax)(logits.clone().to(DEVICE), picks).tolist()
+    for i, pick in enumerate(picks):
+        equal = logits[i, got[i]] / pick.params.temperature == logits[i, want[i]] / pick.params.temperature
+        assert got[i] == want[i] or equal or near_a_boundary(logits[i], pick, got[i], want[i]), pick
+
+
+def test_a_row_of_one_value() -> None:
+    """More equal logits than a list holds: top-k and top-p keep the first ids."""
+    vocab = triton_sample.LISTED + 500
+    picks = [Pick(SamplingParams(temperature=1.0, seed=i, **rule), 0, frozenset())
+             for i in range(2) for rule in ({"top_k": 4500}, {"top_p": 0.5})]  # fmt: skip
+    got = DeviceSampler(vocab, torch_argmax)(torch.zeros(4, vocab, device=DEVICE), picks).tolist()
+    assert got == [math.floor(uniform(i, 0) * kept) for i in range(2) for kept in (4500, vocab // 2)]
 
 
 def test_equal_logits_fall_to_lower_ids() -> None:
