@@ -103,6 +103,7 @@ class Ops:
         head_dim: int,
         interleaved: bool,
         angles: int,
+        wide: bool,
         /,
     ) -> None: ...
     def decode_heads(

@@ -31,19 +31,21 @@ def encode_store(
     """Rotates q and k, maps q, k and v by maps = (q's, k's, v's), stores k and v at [slot, position], returns q
     (N, H, D), which is `out` where that is given.
 
-    qkv (N, (H + 2G) * D); cos_sin (P, 2, D/2) fp32; k_view, v_view (S, C, G, D). Everything between qkv and the one
-    rounding is fp32; a row's bits depend on that row and its maps alone. An order's entries must lie in 0..D-1; they
-    are not checked. Raises ValueError for a wrong shape, dtype or stride, IndexError for a place or table outside.
+    qkv (N, (H + 2G) * D), of the views' dtype or fp32; cos_sin (P, 2, D/2) fp32; k_view, v_view (S, C, G, D). q comes
+    in the views' dtype. Everything between qkv and the one rounding is fp32; a row's bits depend on that row and its
+    maps alone. An order's entries must lie in 0..D-1; they are not checked. Raises ValueError for a wrong shape, dtype
+    or stride, IndexError for a place or table outside.
     """
     groups, dim = k_view.shape[2:]
-    ops = OPS.get(qkv.dtype)
+    ops = OPS.get(k_view.dtype)
+    wide = qkv.dtype is torch.float32 is not k_view.dtype
     if ops is None or qkv.device.type != "cpu":
-        done = encode_reference(qkv, cos_sin, rows, *maps, heads, interleaved)
+        done = encode_reference(qkv, cos_sin, rows, *maps, heads, interleaved, dtype=k_view.dtype)
         where = (rows.slots.long(), rows.positions.long())
         k_view[where], v_view[where] = done[:, heads : heads + groups], done[:, heads + groups :]
         return done[:, :heads].contiguous() if out is None else out.copy_(done[:, :heads])
     tokens = rows.positions.shape[0]
-    require_rows("qkv", qkv, (heads + 2 * groups) * dim, k_view.dtype)
+    require_rows("qkv", qkv, (heads + 2 * groups) * dim, torch.float32 if wide else k_view.dtype)
     require(qkv.shape[0] == tokens, "qkv has %d rows for %d positions; want as many", qkv.shape[0], tokens)
     for name, column in zip(Rows._fields, rows, strict=True):
         require_ints(name, column, tokens)
@@ -52,12 +54,12 @@ def encode_store(
             dim // 2)  # fmt: skip
     for one in maps:
         _require_map(one, maps[0], heads, groups, dim)
-    q = torch.empty((tokens, heads, dim), dtype=qkv.dtype) if out is None else out
-    require(tuple(q.shape) == (tokens, heads, dim) and q.dtype is qkv.dtype and q.is_contiguous(),
+    q = torch.empty((tokens, heads, dim), dtype=k_view.dtype) if out is None else out
+    require(tuple(q.shape) == (tokens, heads, dim) and q.dtype is k_view.dtype and q.is_contiguous(),
             "out is %s %s; want (%d, %d, %d) contiguous", tuple(q.shape), q.dtype, tokens, heads, dim)  # fmt: skip
     ops.encode_store(qkv.data_ptr(), cos_sin.data_ptr(), *(column.data_ptr() for column in rows), q.data_ptr(),
-                     kv_view(k_view, v_view, qkv.dtype), *(one.data_ptr() for one in maps), maps[0].dim() == 4,
-                     maps[0].shape[0], tokens, heads, groups, dim, interleaved, cos_sin.shape[0])  # fmt: skip
+                     kv_view(k_view, v_view, k_view.dtype), *(one.data_ptr() for one in maps), maps[0].dim() == 4,
+                     maps[0].shape[0], tokens, heads, groups, dim, interleaved, cos_sin.shape[0], wide)  # fmt: skip
     return q
 
 
@@ -65,12 +67,13 @@ def encode(
     qkv: torch.Tensor, cos_sin: torch.Tensor, rows: Rows, maps: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     heads: int, out: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """encode_store without slabs: q (N, H, D), k and v (N, G, D), one behind the other in out (N * (H + 2G) * D,)."""
+    """encode_store without slabs: q (N, H, D), k and v (N, G, D), one behind the other in out (N * (H + 2G) * D,),
+    whose dtype they get; qkv is of that or fp32."""
     count, (groups, dim) = qkv.shape[0], maps[1].shape[1:3]
     parts = out.split([count * heads * dim, count * groups * dim, count * groups * dim])
     q, k, v = (part.view(count, -1, dim) for part in parts)
-    if qkv.dtype not in OPS or qkv.device.type != "cpu":
-        done = encode_reference(qkv, cos_sin, rows, *maps, heads).split([heads, groups, groups], dim=1)
+    if out.dtype not in OPS or qkv.device.type != "cpu":
+        done = encode_reference(qkv, cos_sin, rows, *maps, heads, dtype=out.dtype).split([heads, groups, groups], dim=1)
         for into, rows_of in zip((q, k, v), done, strict=True):
             into.copy_(rows_of)
         return q, k, v
@@ -111,9 +114,10 @@ def _require_map(one: torch.Tensor, like: torch.Tensor, heads: int, groups: int,
 
 def encode_reference(
     qkv: torch.Tensor, cos_sin: torch.Tensor, rows: Rows, q_map: torch.Tensor, k_map: torch.Tensor,
-    v_map: torch.Tensor, heads: int, interleaved: bool = False,
+    v_map: torch.Tensor, heads: int, interleaved: bool = False, *, dtype: torch.dtype | None = None,
 ) -> torch.Tensor:  # fmt: skip
-    """Rotate q and k of qkv (N, (H + 2G) * D) by cos_sin (P, 2, D/2), map q, k, v, round once: (N, H + 2G, D)."""
+    """Rotate q and k of qkv (N, (H + 2G) * D) by cos_sin (P, 2, D/2), map q, k, v, round once, to dtype (without one,
+    qkv's): (N, H + 2G, D)."""
     groups, dim = k_map.shape[1:3]
     split = qkv.view(-1, heads + 2 * groups, dim)
     wide = split if qkv.dtype is torch.float64 else split.float()
@@ -121,7 +125,7 @@ def encode_reference(
     rotated = rotate_reference(wide[:, : heads + groups], angles[:, None, 0], angles[:, None, 1], interleaved)
     parts = (rotated[:, :heads], rotated[:, heads:], wide[:, heads + groups :])
     mapped = [map_heads(x, table, rows.tables) for x, table in zip(parts, (q_map, k_map, v_map), strict=True)]
-    return torch.cat(mapped, dim=1).to(qkv.dtype)
+    return torch.cat(mapped, dim=1).to(dtype or qkv.dtype)
 
 
 def decode_reference(

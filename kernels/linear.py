@@ -108,7 +108,8 @@ class PackedLinear:
         if rows is not None:
             x = embed(x, rows)
         if self._ops is None:
-            return linear_reference(x, self._plain(), self.bias).float()
+            bias = None if self.bias is None else self.bias.float()
+            return linear_reference(x.float(), self._plain().float(), bias)
         return self._run(x, _FLOAT, torch.empty((x.shape[0], self.out_features), dtype=torch.float32))
 
     def add_to(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:

@@ -119,9 +119,6 @@ def _matrix_store_kernel(
         x = qkv + ((part * tokens + token) * width + head * DIM)[:, None] + i[None, :]
         a += tl.load(x, mask=inside, other=0.0).to(tl.float32)
         b += tl.load(x + HALF, mask=inside, other=0.0).to(tl.float32)
-    if PARTS > 1:  # a product is rounded before anything uses it, as if it had been stored
-        a = a.to(q.dtype.element_ty).to(tl.float32)
-        b = b.to(q.dtype.element_ty).to(tl.float32)
     position = tl.load(positions + token, mask=live, other=0).to(tl.int64)
     turned = inside & (side < 2)
     angles = cos_sin + (position * DIM)[:, None] + i[None, :]
@@ -169,8 +166,8 @@ def encode_store(
     qkv (N, (H + 2G) * D) in the slabs' type or float32, or (P, N, ...) float32 parts of a product cut along K; cos_sin
     (P, 2, D/2) fp32; positions, slots_of_token, rows (N,) int32 on the device, rows the positions unless given; k_view,
     v_view (S, C, G, D). one_each: no two tokens share a slot, so tiles of several would only wait for each other. All
-    is fp32 up to the one rounding (a cut product is rounded first). Raises ValueError for a wrong shape, dtype or
-    stride; slots, places and the entries of an order are trusted.
+    is fp32 up to the one rounding; an order rounds nothing, so for it a cut product is rounded first, as if stored.
+    Raises ValueError for a wrong shape, dtype or stride; slots, places and the entries of an order are trusted.
     """
     require_float("k_view", k_view)
     slab = slab_of(k_view, v_view, k_view.dtype)

@@ -14,6 +14,8 @@ COMMANDS = {
     "throughput": "offline: output and total tokens a second, alone or beside a peer",
     "latency": "one request alone: first token, between tokens",
     "serve": "online arrivals: TTFT, TBT, goodput; in this process or over HTTP",
+    "scx": "throughput of plain and encoded layers over prompt and output lengths",
+    "prompts": "texts of an exact number of tokens, for other programs",
     "startup": "seconds from the command to ready",
     "attention": "each attention backend: bytes and operations a second",
     "mapping": "the allocator: cost of a page, stall of a step, with and without look-ahead",

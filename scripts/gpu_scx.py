@@ -28,6 +28,7 @@ from engine.core.config import EngineConfig
 from engine.core.errors import ConfigError, TesseraError
 from engine.core.loop import EngineLoop
 from engine.loading.spec import ModelSpec
+from engine.scx.schemes import row_bytes
 from scripts import gpu_correctness as correctness
 from scripts import scx_exactness
 from scripts.benching import drive
@@ -205,11 +206,6 @@ def opened(name: str, folder: Path, device: str, settings: dict[str, Any]) -> tu
     return Measured(name, loop, spec.vocab, perf_counter() - began), spec
 
 
-def formula_bytes(spec: ModelSpec, element_bytes: int) -> int:
-    """Bytes that a token and encoded layer move, there and back: e (4 H D + 4 G D)."""
-    return element_bytes * 4 * (spec.heads + spec.kv_heads) * spec.head_dim
-
-
 def cost(session: Session, part: str, asked: argparse.Namespace) -> None:
     """A plain engine beside encoded ones, in turns. part: the secure device."""
     secure = {"cuda": "cuda:0"}.get(part, part)
@@ -235,7 +231,9 @@ def cost(session: Session, part: str, asked: argparse.Namespace) -> None:
                         break
                     for one in (plain, encoded) if round_ % 2 == 0 else (encoded, plain):
                         one.run(None if asked.no_chat else chat, decodes)
-                line = compared(encoded, plain, first, spec)
+                line = compared(encoded, plain, first)
+                line["formula_bytes_per_token_layer"] = sum(
+                    row_bytes(asked.scheme, spec.heads, spec.kv_heads, spec.head_dim, 2))  # fmt: skip
                 encoded.loop.close()
                 del encoded
             except (TesseraError, RuntimeError, ValueError, drive.NotProduced) as error:
@@ -250,7 +248,7 @@ def cost(session: Session, part: str, asked: argparse.Namespace) -> None:
     gc.collect()
 
 
-def compared(encoded: Measured, plain: Measured, first: int, spec: ModelSpec) -> dict[str, Any]:
+def compared(encoded: Measured, plain: Measured, first: int) -> dict[str, Any]:
     """A line of the table. first: where plain's runs of this comparison begin."""
     line: dict[str, Any] = {"layers": encoded.name, "ready_s": encoded.ready_s}
     for name, theirs, base in (("decode_ms", encoded.decode_ms, plain.decode_ms[first:]),
@@ -260,7 +258,7 @@ def compared(encoded: Measured, plain: Measured, first: int, spec: ModelSpec) ->
             # off: how much of the plain throughput is gone
             off = 1 - other / mine if name == "decode_ms" else 1 - mine / other
             line |= {name: theirs, f"plain_{name}": base, f"{name}_off_percent": 100 * off}
-    return {**line, **encoded.traffic, "formula_bytes_per_token_layer": formula_bytes(spec, 2)}
+    return {**line, **encoded.traffic}
 
 
 def show(part: str, line: dict[str, Any]) -> None:

@@ -10,8 +10,11 @@ import sys
 from collections.abc import Sequence
 
 COMMANDS = {
+    "accuracy": ("scripts.scx_accuracy", "perplexity and a cloze task, plain against each scheme"),
+    "example": ("scripts.scx_example", "a plain and an encoded engine give the same answers"),
     "exactness": ("scripts.scx_exactness", "encoded attention against plain, over dtypes, schemes and schedules"),
     "leakage": ("scripts.scx_attacks.cli", "what attackers recover from encoded keys and values, by scheme"),
+    "lm-eval": ("scripts.scx_lm_eval", "lm-eval's tasks on the engine, plain or encoded"),
     "overhead": ("scripts.scx_overhead", "milliseconds a step with and without encoded layers, in turns"),
     "worker": ("scripts.scx_worker", "the same with keys in a process of their own; stages, bytes and calls"),
 }

@@ -3,8 +3,8 @@
     python -m scripts.scx worker [--model DIR] [--layers 0,29] [--scheme perm] [--batch 16] [--rounds 10]
 
 Beside a step's milliseconds: microseconds of an encode (with the slab's writes) and of a decode, median and least; what
-crossed in both directions for a row and encoded layer, beside the formula, item bytes x 4 x (H + G) x D; and calls for
-an encoded layer and step. The last line is JSON.
+crossed in both directions for a row and encoded layer, beside the formula (engine/scx/schemes.py: row_bytes); and calls
+for an encoded layer and step. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from engine.loading.resolve import resolve_model
+from engine.scx.schemes import row_bytes
 from scripts.scx_overhead import CHUNK_TOKENS, Runner, run
 
 
@@ -80,7 +81,8 @@ def main(argv: Sequence[str]) -> int:
         item = getattr(torch, options.dtype).itemsize
         found: dict[str, Any] = {
             "batch": options.batch, "layers": options.layers, "scheme": options.scheme,
-            "formula_bytes_a_row_and_layer": item * 4 * (shape.heads + shape.kv_heads) * shape.head_dim,
+            "formula_bytes_a_row_and_layer": sum(
+                row_bytes(options.scheme, shape.heads, shape.kv_heads, shape.head_dim, item)),
         }  # fmt: skip
         for runner in runners:
             ms = {work: round(statistics.median(times), 3) for work, times in runner.fastest_ms.items()}

@@ -171,6 +171,7 @@ class StepDraft:
                 len(sequence.outputs),
                 request.params,
                 request.stop_ids,
+                request.tenant,
             )
         )
         self.keep(sequence)

@@ -7,7 +7,7 @@ SampledToken, Update) is a NamedTuple: a frozen dataclass costs four times as mu
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from engine.core.request import SamplingParams
@@ -37,6 +37,7 @@ class Admission:
 
     tokens: everything known: the prompt, and after a preemption the outputs so far.
     num_outputs: how many of `tokens` are outputs; the sampler counts on from there, so seeds do not shift.
+    tenant: see Request.
     """
 
     seq_id: int
@@ -45,6 +46,7 @@ class Admission:
     num_outputs: int
     params: SamplingParams
     stop_ids: frozenset[int] = frozenset()
+    tenant: bytes = field(default=b"", repr=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ It does not know text: stop strings travel here, but whoever turns ids into text
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
 from engine.core.errors import RequestError
 
@@ -131,7 +131,7 @@ class SamplingParams:
 
     def replace(self, **changes: object) -> SamplingParams:
         """A copy with some fields changed, validated again."""
-        values: dict[str, object] = {field.name: getattr(self, field.name) for field in fields(self)}
+        values: dict[str, object] = {one.name: getattr(self, one.name) for one in fields(self)}
         values.update(changes)
         return SamplingParams(**values)  # type: ignore[arg-type]
 
@@ -142,7 +142,8 @@ class Request:
 
     request_id: unique among live requests. prompt: token ids, at least one. arrival_s: monotonic seconds.
     stop_ids: every id that ends this sequence (the model's eos list unless ignore_eos, and params.stop_token_ids).
-    priority: lower runs first, ties by arrival; it never preempts what runs.
+    priority: lower runs first, ties by arrival; it never preempts what runs. tenant: what the keys of its encoded
+    layers depend on beside the root secret (docs/scx.md); secret, so it has no text form.
     """
 
     request_id: str
@@ -151,3 +152,4 @@ class Request:
     arrival_s: float
     stop_ids: frozenset[int] = frozenset()
     priority: int = 0
+    tenant: bytes = field(default=b"", repr=False)

@@ -39,7 +39,7 @@ class CpuGatedLinear:
 
 
 class CpuHead:
-    """Rows to float32 logits."""
+    """Rows to float32: logits, and what is rounded elsewhere."""
 
     def __init__(self, packed: PackedLinear) -> None:
         self.packed = packed
@@ -54,9 +54,12 @@ class CpuHead:
 class CpuKernels:
     """KernelSet over tessera_kernels, bf16 and fp32."""
 
-    def linear(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> CpuLinear:
+    def linear(
+        self, weight: torch.Tensor, bias: torch.Tensor | None = None, *, wide: bool = False
+    ) -> CpuLinear | CpuHead:
         """See KernelSet."""
-        return CpuLinear(PackedLinear(weight, bias))
+        packed = PackedLinear(weight, bias)
+        return CpuHead(packed) if wide else CpuLinear(packed)
 
     def gated_linear(
         self, gate: torch.Tensor, up: torch.Tensor, biases: tuple[torch.Tensor, ...] = ()

@@ -53,7 +53,8 @@ class CudaLinear:
             return add_to.add_(F.linear(x, self.weight, self.bias))
         if self.float_out and x.dtype is not torch.float32:
             # rounding logits to 16 bits would make ties that greedy decoding then breaks by index
-            return torch.mm(x, self.weight.t(), out_dtype=torch.float32)
+            wide = torch.mm(x, self.weight.t(), out_dtype=torch.float32)
+            return wide if self.bias is None else wide.add_(self.bias)
         return F.linear(x, self.weight, self.bias)
 
 
@@ -156,7 +157,8 @@ class CudaLayer:
         """The same for one token: both norms are taken inside the products behind them."""
         (before, after), pdl = self._norms, self._qkv.pdl
         gemv, both = self._gemv, self._gate_up.both
-        qkv = gemv(hidden, self._qkv.weight, self._qkv.bias, norm=before.weight, eps=before.eps, pdl=pdl)
+        qkv = gemv(hidden, self._qkv.weight, self._qkv.bias, norm=before.weight, eps=before.eps, pdl=pdl,
+                   float_out=self._qkv.float_out)  # fmt: skip
         attended = self.attend(self._path.encode(qkv, batch), batch)
         self._out(self._path.decode(attended, batch), add_to=hidden)
         inner = gemv(hidden, both.weight, both.bias, norm=after.weight, eps=after.eps, gated=True, pdl=pdl)
@@ -179,9 +181,9 @@ class CudaKernels:
         # a graph captured with a workspace goes on using it, so outgrown ones are kept
         self._argmaxes: list[triton_argmax.RowArgmax] = []
 
-    def linear(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> CudaLinear:
+    def linear(self, weight: torch.Tensor, bias: torch.Tensor | None = None, *, wide: bool = False) -> CudaLinear:
         """See KernelSet."""
-        return CudaLinear(weight, bias, pdl=self._pdl)
+        return CudaLinear(weight, bias, float_out=wide, pdl=self._pdl)
 
     def gated_linear(
         self, gate: torch.Tensor, up: torch.Tensor, biases: tuple[torch.Tensor, ...] = ()

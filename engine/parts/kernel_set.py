@@ -40,8 +40,8 @@ class Layer(Protocol):
 class KernelSet(Protocol):
     """What a device must offer to run a decoder."""
 
-    def linear(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Linear:
-        """Prepare (out, in) weights once; the caller drops its copy."""
+    def linear(self, weight: torch.Tensor, bias: torch.Tensor | None = None, *, wide: bool = False) -> Linear:
+        """Prepare (out, in) weights once; the caller drops its copy. wide: float32 comes out, not rounded before."""
 
     def gated_linear(
         self, gate: torch.Tensor, up: torch.Tensor, biases: tuple[torch.Tensor, ...] = ()

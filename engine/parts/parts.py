@@ -88,11 +88,12 @@ class Parts:
         if spec.qkv_bias:
             bias = torch.cat([self._tensor(f"{name}.{side}.bias", n) for side, n in rows.items()])
         k, v = self.store.layer_views(index)
-        qkv = self.kernels.linear(weight, bias)
+        scx = self._scx if self._scx is not None and index in self._scx.config.layers else None
+        qkv = self.kernels.linear(weight, bias, wide=scx is not None and scx.wide)
         out = self.linear(f"{name}.o_proj", spec.hidden, rows["q_proj"], bias=spec.out_bias)
         window = spec.layer_windows[index] if spec.layer_windows else 0
-        if self._scx is not None and index in self._scx.config.layers:
-            return ScxAttention(index, self._scx, self._scx.backend or self.backend, qkv, out, k, v, window)
+        if scx is not None:
+            return ScxAttention(index, scx, scx.backend or self.backend, qkv, out, k, v, window)
         return Attention(
             kernels=self.kernels,
             backend=self.backend,

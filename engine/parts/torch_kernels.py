@@ -24,7 +24,7 @@ class TorchLinear:
         rows = x.shape[0]
         if x.device.type == "cpu" and rows < _MIN_ROWS:
             x = F.pad(x, (0, 0, 0, _MIN_ROWS - rows))
-        y = F.linear(x, self.weight, self.bias)[:rows]  # (N, out)
+        y = F.linear(x.to(self.weight.dtype), self.weight, self.bias)[:rows]  # (N, out)
         if self.float_out:
             y = y.float()
         return y if add_to is None else add_to.add_(y)
@@ -52,8 +52,10 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 class TorchKernels:
     """KernelSet over plain PyTorch."""
 
-    def linear(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> TorchLinear:
+    def linear(self, weight: torch.Tensor, bias: torch.Tensor | None = None, *, wide: bool = False) -> TorchLinear:
         """See KernelSet."""
+        if wide:  # PyTorch's products come in the type of what goes in
+            weight, bias = weight.float(), None if bias is None else bias.float()
         return TorchLinear(weight, bias)
 
     def gated_linear(

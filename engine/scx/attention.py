@@ -41,6 +41,7 @@ class Scx:
     observer: Observer | None = None
     backend: AttentionBackend | None = None  # in place of the engine's, where one key a request is not enough
     slabs: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)  # K and V views by encoded layer
+    wide: bool = False  # projections come in float32, as Scheme.matrices says
 
     def seal(self, layer: int, batch: Batch) -> None:
         """Shuffle the blocks that a step made full, between the layer's encode and its decode or behind the step."""

@@ -26,7 +26,7 @@ from typing import Annotated, Literal, NamedTuple
 import msgspec
 import torch
 
-VERSION = 1
+VERSION = 2
 MAX_FRAME_BYTES = 160 << 10  # below Linux's default limit of a packet; the largest is an Encode of MAX_SLOTS chunks
 MAX_SLOTS = 8192
 MAX_REGION_BYTES = 1 << 40  # of addresses: pages are taken when they are touched
@@ -45,7 +45,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 class Geometry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What both sides agree on for the life of a connection. model: a digest of the model's identity; max_tokens:
-    positions of a slot, and of the rotary table; step_tokens: rows of the largest step."""
+    positions of a slot, and of the rotary table; step_tokens: rows of the largest step; dtype: of encoded rows and of
+    attention's output; projected: of projections, that or float32."""
 
     model: Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
     scheme: Annotated[str, msgspec.Meta(max_length=32)]
@@ -59,6 +60,7 @@ class Geometry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_tokens: Annotated[int, msgspec.Meta(ge=1, le=1 << 24)]
     step_tokens: Positive
     dtype: Dtype
+    projected: Dtype
 
     def __post_init__(self) -> None:
         if self.heads % self.kv_heads or self.head_dim % 2:
@@ -68,6 +70,8 @@ class Geometry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         if self.seal_tokens == 1 or (self.segment_tokens and self.seal_tokens
                                      and self.segment_tokens % self.seal_tokens):
             raise ValueError(f"blocks of {self.seal_tokens} tokens in segments of {self.segment_tokens}")
+        if self.projected not in (self.dtype, "float32"):
+            raise ValueError(f"projections of {self.projected} for rows of {self.dtype}")
         if areas(self).total_bytes > MAX_REGION_BYTES:
             raise ValueError(f"a shared region above {MAX_REGION_BYTES} bytes")
 
@@ -91,7 +95,7 @@ def areas(geometry: Geometry) -> Areas:
     g, item = geometry, geometry.torch_dtype.itemsize
     queries = g.step_tokens * (-(-g.max_tokens // g.segment_tokens) if g.segment_tokens else 1)
     attended = queries * g.heads * ((g.head_dim + 1) * 4 if g.segment_tokens else g.head_dim * item)
-    projected = g.step_tokens * (g.heads + 2 * g.kv_heads) * g.head_dim * item
+    projected = g.step_tokens * (g.heads + 2 * g.kv_heads) * g.head_dim * DTYPES[g.projected].itemsize
     encoded = (queries * g.heads + 2 * g.step_tokens * g.kv_heads) * g.head_dim * item
     blocks = g.step_tokens // g.seal_tokens + g.slots if g.seal_tokens else 0
     sizes = (HEADER_BYTES, max(attended, projected, g.max_tokens * g.head_dim * 4), encoded,

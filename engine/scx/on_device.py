@@ -14,7 +14,7 @@ import torch
 
 from engine.runner.batch import Batch
 from engine.scx.keys import SessionKeys
-from engine.scx.schemes import Maps
+from engine.scx.schemes import Maps, row_bytes
 from engine.scx.secure import LocalSecureSide, SealOrder, Session, Step, clear
 
 STAGING_BYTES = 64 << 20  # of host memory for maps on their way, where that is enough for two sessions
@@ -72,7 +72,6 @@ class DeviceSecureSide(LocalSecureSide):
     """LocalSecureSide whose device is the compute device, with one key a session."""
 
     in_stream = True
-    _element_bytes = 0  # of the rows that cross; known once one has
 
     def _make_tables(self) -> list[Maps]:
         """As LocalSecureSide's, but views of one table (slots, L, T, G, D[, D]), so that a session's row is whole."""
@@ -129,25 +128,26 @@ class DeviceSecureSide(LocalSecureSide):
         self._next[:, step.slots] = step.ends
         self._awaiting = [step] * len(self.config.layers)
         shape, layers = self.shape, len(self.config.layers)
-        row = 2 * (shape.heads + shape.kv_heads) * shape.head_dim
-        self._crossed(2 * layers, layers * step.rows.positions.shape[0] * row)
+        there, back = row_bytes(self.config.scheme, shape.heads, shape.kv_heads, shape.head_dim, self.dtype.itemsize)
+        rows = layers * step.rows.positions.shape[0]
+        self._crossed(2 * layers, rows * there, rows * back)
 
-    def _crossed(self, calls: int, elements: int) -> None:
-        """Count what would cross if the secure side were another device: so many elements there and as many back."""
+    def _crossed(self, calls: int, incoming_bytes: int, outgoing_bytes: int) -> None:
+        """Count what would cross if the secure side were another device."""
         self.traffic.calls += calls
-        self.traffic.bytes_in += elements * self._element_bytes
-        self.traffic.bytes_out += elements * self._element_bytes
+        self.traffic.bytes_in += incoming_bytes
+        self.traffic.bytes_out += outgoing_bytes
 
     def encode_store(
         self, layer: int, qkv: torch.Tensor, batch: Batch, k: torch.Tensor, v: torch.Tensor,
         out: torch.Tensor | None = None,
     ) -> torch.Tensor:  # fmt: skip
         """See SecureSide; qkv may also be (P, N, ...) float32 parts that add up to the projections."""
-        self._element_bytes = k.element_size()
         if not self.recording:
             rows = qkv if qkv.dim() == 2 else qkv[0]
             self._claim(layer, rows, batch)
-            self._crossed(1, rows.numel())
+            wide_bytes = 4 if self.scheme.matrices else self.dtype.itemsize  # whatever parts a product was cut into
+            self._crossed(1, rows.numel() * wide_bytes, rows.numel() * self.dtype.itemsize)
         maps = self._tables[self._place_of(layer)]
         slots, places = batch.places
         return self._encode(qkv, self._rope, batch.positions, slots, (maps.q, maps.k, maps.v), k, v, self.shape.heads,
@@ -160,7 +160,7 @@ class DeviceSecureSide(LocalSecureSide):
             place, step = self._awaited(layer, batch)
             self._check_output(layer, attended, step)
             self._awaiting[place] = None
-            self._crossed(1, attended.numel())
+            self._crossed(1, attended.nbytes, attended.nbytes)
         return self._decode(attended, batch.places[0], self._tables[place].out, self.shape.heads,
                             one_each=one_each(batch))  # fmt: skip
 

@@ -16,6 +16,7 @@ from engine.scx.config import ScxConfig
 from engine.scx.environment import DEVICE, LAYERS
 from engine.scx.keys import Secret, fresh_root, read_root
 from engine.scx.remote import RemoteSecureSide
+from engine.scx.schemes import schemes
 from engine.scx.secure import HeadShape, LocalSecureSide, SecureSide, indexed
 from engine.scx.segments import SegmentBackend, SegmentedSide
 
@@ -49,8 +50,8 @@ def open_scx(
     root: Secret | None = None, dtype: torch.dtype = torch.float32, step_tokens: int | None = None,
 ) -> Scx:  # fmt: skip
     """An engine's secure side. rope: (P, 2, D/2) float32. root: instead of the configured one, which is a key file's
-    or a fresh one. dtype and step_tokens (rows of the largest step; None: whatever fits) are for a worker. Raises
-    ConfigError for a key file that cannot be used, or a worker that cannot be reached."""
+    or a fresh one. dtype: of encoded rows. step_tokens (rows of the largest step; None: whatever fits) is for a worker.
+    Raises ConfigError for a key file that cannot be used, or a worker that cannot be reached."""
     shape = HeadShape(spec.heads, spec.kv_heads, spec.head_dim, slots, max_tokens)
     _say(config, shape, compute)
     side: SecureSide
@@ -63,9 +64,9 @@ def open_scx(
         make: type[LocalSecureSide] = SegmentedSide if config.segment_tokens else LocalSecureSide
         if make is LocalSecureSide and compute.type == "cuda":
             make = side_of(config, compute)
-        side = make(config, shape, rope, root, model_identity(spec), compute)
+        side = make(config, shape, rope, root, model_identity(spec), compute, dtype)
     backend = SegmentBackend(config.segment_tokens, spec.head_dim**-0.5) if config.segment_tokens else None
-    return Scx(config, side, backend=backend)
+    return Scx(config, side, backend=backend, wide=schemes[config.scheme].matrices)
 
 
 def side_of(config: ScxConfig, compute: torch.device) -> type[LocalSecureSide]:

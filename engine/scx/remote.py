@@ -29,6 +29,7 @@ from engine.scx.errors import (
     WorkerRefused,
 )
 from engine.scx.link import Answer, Link, OwnWorker
+from engine.scx.schemes import schemes
 from engine.scx.secure import Encoded, HeadShape, SealOrder, SecureSide, Traffic
 
 log = logging.getLogger(__name__)
@@ -40,7 +41,7 @@ PIN_LIMIT_BYTES = 2 << 30  # a region above it stays pageable
 
 
 class RemoteSecureSide(SecureSide):
-    """SecureSide by a worker. config.secure_device: `worker` (started here) or `unix:PATH`. dtype: of all rows;
+    """SecureSide by a worker. config.secure_device: `worker` (started here) or `unix:PATH`. dtype: of encoded rows;
     step_tokens: rows of the largest step; rope: (P, 2, D/2) float32. Raises ConfigError when none can be reached.
     """
 
@@ -220,7 +221,7 @@ class RemoteSecureSide(SecureSide):
         heads, groups, dim = self.shape.heads, self.shape.kv_heads, self.shape.head_dim
         if qkv.shape[0] != batch.num_tokens:
             raise ShapeMismatch(f"layer {layer}: {tuple(qkv.shape)} for {batch.num_tokens} scheduled rows")
-        self._put(region, qkv, self._geometry.torch_dtype, (heads + 2 * groups) * dim)
+        self._put(region, qkv, frames.DTYPES[self._geometry.projected], (heads + 2 * groups) * dim)
         if chunks is not None:
             self._step += 1
             self._batch = batch
@@ -274,6 +275,7 @@ def geometry_of(
             segment_tokens=config.segment_tokens, heads=shape.heads, kv_heads=shape.kv_heads, head_dim=shape.head_dim,
             slots=shape.slots, max_tokens=rope.shape[0], step_tokens=step_tokens,
             dtype=cast(frames.Dtype, names[dtype]),
+            projected="float32" if schemes[config.scheme].matrices else cast(frames.Dtype, names[dtype]),
         )  # fmt: skip
         return frames.decode_geometry(frames.encode(made))  # the ranges are checked where frames are read
     except (KeyError, ValueError, msgspec.DecodeError) as error:

@@ -51,6 +51,14 @@ def map_bytes(scheme: str, layers: int, heads: int, dim: int) -> int:
     return kind.tables * layers * heads * dim * (4 * dim if kind.matrices else 2)
 
 
+def row_bytes(scheme: str, heads: int, kv_heads: int, dim: int, item_bytes: int) -> tuple[int, int]:
+    """What one token of one encoded layer moves to the secure side and from it [bytes]: projections in float32 for
+    matrices, q, k and v back, the attention output both ways."""
+    projections = (heads + 2 * kv_heads) * dim
+    wide_bytes = 4 if schemes[scheme].matrices else item_bytes
+    return projections * wide_bytes + heads * dim * item_bytes, (projections + heads * dim) * item_bytes
+
+
 def _labels(layers: Sequence[int], heads: int, segment: int) -> list[Label]:
     return [Label(layer, head, segment) for layer in layers for head in range(heads)]
 

@@ -86,7 +86,8 @@ class SecureSide(ABC):
 
     @abstractmethod
     def encode(self, layer: int, qkv: torch.Tensor, batch: Batch) -> Encoded:
-        """qkv: (N, (H + 2G) * D), the projections of the batch's rows before rotation."""
+        """qkv: (N, (H + 2G) * D), the projections of the batch's rows before rotation, in the type of encoded rows; for
+        schemes of matrices in float32, since they are rounded once they are mapped."""
 
     def encode_store(
         self, layer: int, qkv: torch.Tensor, batch: Batch, k: torch.Tensor, v: torch.Tensor,
@@ -126,7 +127,6 @@ class Step:
     starts: np.ndarray
     ends: np.ndarray
     rows: Rows
-    dtype: torch.dtype = torch.float32  # of the rows that came
 
     @staticmethod
     def of(batch: Batch, device: torch.device) -> Step:
@@ -154,16 +154,16 @@ class Session:
 
 
 class LocalSecureSide(SecureSide):
-    """SecureSide on a torch device of this process. rope: (P, 2, D/2) float32; compute: where answers go.
+    """SecureSide on a torch device of this process. rope: (P, 2, D/2) float32; compute: where answers go, in dtype.
 
     Maps of all sessions lie in tables by slot, so that one operation serves a whole batch.
     """
 
     def __init__(
         self, config: ScxConfig, shape: HeadShape, rope: torch.Tensor, root: Secret, model: bytes,
-        compute: torch.device,
+        compute: torch.device, dtype: torch.dtype = torch.float32,
     ) -> None:  # fmt: skip
-        self.config, self.shape = config, shape
+        self.config, self.shape, self.dtype = config, shape, dtype
         self.compute, self.device = indexed(compute), indexed(torch.device(config.secure_device))
         self.scheme = schemes[config.scheme]()
         self.traffic = Traffic()
@@ -252,7 +252,6 @@ class LocalSecureSide(SecureSide):
         self._expect(layer, step)
         self._next[place, step.slots] = step.ends
         self._awaiting[place] = step
-        step.dtype = qkv.dtype
         return place, step
 
     def _expect(self, layer: int, step: Step) -> None:
@@ -287,18 +286,18 @@ class LocalSecureSide(SecureSide):
             raise OutOfOrder(f"layer {layer}: rows to decode that were not the last ones encoded")
         return place, step
 
-    def _count(self, incoming: torch.Tensor, outgoing: torch.Tensor) -> None:
+    def _count(self, incoming_bytes: int, outgoing_bytes: int) -> None:
         self.traffic.calls += 1
-        self.traffic.bytes_in += incoming.nbytes
-        self.traffic.bytes_out += outgoing.nbytes
+        self.traffic.bytes_in += incoming_bytes
+        self.traffic.bytes_out += outgoing_bytes
 
     def encode(self, layer: int, qkv: torch.Tensor, batch: Batch) -> Encoded:
         """See SecureSide."""
         place, step = self._claim(layer, qkv, batch)
         maps, received = self._tables[place], qkv.to(self.device)
-        buffer = torch.empty(qkv.numel(), dtype=qkv.dtype, device=self.device)
+        buffer = torch.empty(qkv.numel(), dtype=self.dtype, device=self.device)
         done = encode(received, self._rope, step.rows, (maps.q, maps.k, maps.v), self.shape.heads, buffer)
-        self._count(qkv, buffer)
+        self._count(qkv.nbytes, buffer.nbytes)
         crossed = buffer.to(self.compute).split([part.numel() for part in done])  # one transfer for all three
         return Encoded(*(part.view(like.shape) for part, like in zip(crossed, done, strict=True)))
 
@@ -311,7 +310,7 @@ class LocalSecureSide(SecureSide):
             return super().encode_store(layer, qkv, batch, k, v, out)
         place, step = self._claim(layer, qkv, batch)
         maps = self._tables[place]
-        self._count(qkv, qkv)
+        self._count(qkv.nbytes, qkv.numel() * k.itemsize)
         return encode_store(qkv, self._rope, step.rows, (maps.q, maps.k, maps.v), k, v, self.shape.heads, out=out)
 
     def decode(self, layer: int, attended: torch.Tensor, batch: Batch) -> torch.Tensor:
@@ -321,7 +320,7 @@ class LocalSecureSide(SecureSide):
         self._awaiting[place] = None
         table = self._tables[place].out
         decoded = decode(attended.to(self.device), step.rows.tables, table, self.shape.heads)
-        self._count(attended, decoded)
+        self._count(attended.nbytes, decoded.nbytes)
         return decoded.to(self.compute)
 
     def _check_output(self, layer: int, attended: torch.Tensor, step: Step) -> None:

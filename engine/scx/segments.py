@@ -105,9 +105,10 @@ class SegmentedSide(LocalSecureSide):
         maps = self._maps_of(parts, place)
         wide = Rows(step.rows.positions[source], step.rows.slots[source], tables)
         received = qkv.to(self.device)
-        rows = encode_reference(received[source], self._rope, wide, maps.q, maps.k, maps.v, heads)
+        rows = encode_reference(received[source], self._rope, wide, maps.q, maps.k, maps.v, heads,
+                                dtype=self.dtype)  # fmt: skip
         clear(maps)
-        self._count(qkv, rows)
+        self._count(qkv.nbytes, rows.nbytes)
         q, k, v = rows.to(self.compute).split([heads, groups, groups], dim=1)
         own = own.to(self.compute)
         return Encoded(q.contiguous(), k[own], v[own])
@@ -115,8 +116,7 @@ class SegmentedSide(LocalSecureSide):
     encode_store = SecureSide.encode_store  # its rows are not the slab's: no kernel for both
 
     def decode(self, layer: int, attended: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """See SecureSide; attended is (R, H * (D + 1)), as SegmentBackend returns it, the result (N, H * D) in the
-        type of the projections that were encoded."""
+        """See SecureSide; attended is (R, H * (D + 1)), as SegmentBackend returns it, the result (N, H * D)."""
         place, step = self._awaited(layer, batch)
         heads, dim = self.shape.heads, self.shape.head_dim
         parts = parts_of(batch, self.config.segment_tokens)
@@ -129,8 +129,8 @@ class SegmentedSide(LocalSecureSide):
         outputs = map_heads(received[:, :, :dim].contiguous(), maps.out, tables)
         clear(maps)
         merged = merge(outputs, received[:, :, dim], source, step.rows.tables.shape[0])
-        decoded = merged.to(step.dtype).flatten(1)
-        self._count(attended, decoded)
+        decoded = merged.to(self.dtype).flatten(1)
+        self._count(attended.nbytes, decoded.nbytes)
         return decoded.to(self.compute)
 
     def _maps_of(self, parts: list[Part], place: int) -> Maps:

@@ -124,7 +124,7 @@ class Served:
         shape = HeadShape(g.heads, g.kv_heads, g.head_dim, g.slots, g.max_tokens)
         rope = region.inbox((g.max_tokens, 2, g.head_dim // 2), torch.float32)
         make = SegmentedSide if g.segment_tokens else LocalSecureSide
-        self._side = make(config, shape, rope, self._root, g.model, torch.device("cpu"))
+        self._side = make(config, shape, rope, self._root, g.model, torch.device("cpu"), g.torch_dtype)
         return frames.Ready()
 
     def _encode(
@@ -140,7 +140,7 @@ class Served:
             self._step = message.step
         batch = self._batch
         count = batch.num_tokens
-        qkv = region.inbox((count, (g.heads + 2 * g.kv_heads) * g.head_dim))
+        qkv = region.inbox((count, (g.heads + 2 * g.kv_heads) * g.head_dim), frames.DTYPES[g.projected])
         parts = side.encode(message.layer, qkv, batch)
         sizes = [part.numel() for part in parts]
         for part, into in zip(parts, region.outbox((sum(sizes),)).split(sizes), strict=True):

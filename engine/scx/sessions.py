@@ -37,7 +37,9 @@ class Sessions:
                 slot = slot_of(admission.seq_id)
                 nonce = secrets.token_bytes(NONCE_BYTES)
                 try:
-                    self.namespaces[admission.seq_id] = self.scx.secure.open(slot, nonce, epoch=admission.epoch)
+                    self.namespaces[admission.seq_id] = self.scx.secure.open(
+                        slot, nonce, tenant=admission.tenant, epoch=admission.epoch
+                    )
                 except WorkerLost:
                     continue
                 self._slots[admission.seq_id] = slot

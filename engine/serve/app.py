@@ -114,7 +114,8 @@ async def _generate(request: Request, services: Services, parse: Callable[..., s
         prompts = await _encode_all(model, ask)
         limits = _output_limits(ask, prompts, model.limits)
         generation = Generation(model.tools, prompts, ask.params, max_tokens=limits, priority=ask.priority,
-                                accepted_s=accepted_s, max_base_tokens=ask.max_base_tokens)
+                                accepted_s=accepted_s, max_base_tokens=ask.max_base_tokens,
+                                tenant=request.scope.get("tenant", b""))
         told = None if ask.params.logprobs is None else LogprobsJson(model.tools.tokenizer.table, ask.chat)
         shape = Shape(ask.chat, generation.name, int(wall_s()), ask.model, ask.include_usage, told)
         running = _Running(generation, seat, request)

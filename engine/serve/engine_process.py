@@ -99,7 +99,7 @@ def to_request(message: wire.Add) -> Request:
         min_p=asked.min_p, seed=asked.seed, min_tokens=asked.min_tokens, ignore_eos=asked.ignore_eos,
         stop_token_ids=tuple(asked.stop_token_ids), logprobs=asked.logprobs, logit_bias=tuple(asked.logit_bias))
     return Request(message.request_id, tuple(message.prompt), params, message.arrival_s,
-                   frozenset(message.stop_ids), message.priority)
+                   frozenset(message.stop_ids), message.priority, message.tenant)
 
 
 class EngineService:

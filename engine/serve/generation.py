@@ -85,11 +85,11 @@ class Generation:
     """Samples prompt-major: choice index = prompt index * n + sample index."""
 
     def __init__(self, tools: Tools, prompts: Sequence[Prompt], params: SamplingParams, *, max_tokens: Sequence[int],
-                 priority: int, accepted_s: float, max_base_tokens: int | None = None) -> None:
+                 priority: int, accepted_s: float, max_base_tokens: int | None = None, tenant: bytes = b"") -> None:
         """max_tokens: output tokens of each prompt, already within the context (params.max_tokens is not used).
         max_base_tokens: a sample ends with the token that brings it to so many base tokens.
 
-        accepted_s: when the request was whole; all its times count from there.
+        accepted_s: when the request was whole; all its times count from there. tenant: see Request.
         """
         from engine.tokenization import Detokenizer
         from engine.tokenization.stream import unfinished_bytes
@@ -100,7 +100,7 @@ class Generation:
         self.base_prompt_tokens = sum(prompt.base_tokens for prompt in prompts)
         self.echoes = [prompt.echo or "" for prompt in prompts for _ in range(params.n)]
         self._tools = tools
-        self._accepted_s = accepted_s
+        self._accepted_s, self._tenant = accepted_s, tenant
         self._max_base_tokens = max_base_tokens
         self._open = 0
         begun = [unfinished_bytes(tools.tokenizer.table, prompt.ids) for prompt in prompts]
@@ -204,7 +204,7 @@ class Generation:
             logit_bias=list(params.logit_bias))  # fmt: skip
         eos = () if params.ignore_eos else self._tools.eos_ids
         stop_ids = sorted({*eos, *params.stop_token_ids})
-        return wire.Add(request_id, prompt, sampling, stop_ids, priority, self._accepted_s)
+        return wire.Add(request_id, prompt, sampling, stop_ids, priority, self._accepted_s, self._tenant)
 
     def _feed(self, index: int, piece: Piece, now_s: float) -> TextDelta | None:
         """Tokens of one sample to text; notices stop strings."""

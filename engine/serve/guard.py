@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 from engine.serve.errors import ApiError
-from engine.serve.services import Services
+from engine.serve.services import Services, tenant_of
 
 log = logging.getLogger(__name__)
 
@@ -102,8 +102,10 @@ class Guard:
             peer = scope.get("client")
             if peer is None or not peer[0].startswith(LOOPBACK):
                 raise ApiError(403, "admin routes answer on the loopback interface only")
-        elif services.api_keys and path not in OPEN_PATHS and not services.api_keys.accept(given):
-            raise ApiError(401, "no valid API key was given: Authorization: Bearer KEY")
+        elif services.api_keys and path not in OPEN_PATHS:
+            if given is None or not services.api_keys.accept(given):
+                raise ApiError(401, "no valid API key was given: Authorization: Bearer KEY")
+            scope["tenant"] = tenant_of(given)
         if services.draining and path not in OPEN_PATHS:
             raise ApiError(503, "the server is shutting down; try again on another or a little later", code="draining")
 

@@ -40,6 +40,12 @@ class Keys:
         return found and given is not None
 
 
+def tenant_of(key: bytes) -> bytes:
+    """The secret of whoever holds this API key, which the keys of encoded layers are made of (docs/scx.md). 32 bytes,
+    from which the API key cannot be computed."""
+    return hmac.digest(key, b"tessera tenant v1", "sha256")
+
+
 @dataclass(slots=True)
 class Services:
     """One server's shared state. tools, limits and text are there once the engine is ready."""

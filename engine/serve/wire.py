@@ -23,6 +23,7 @@ from engine.core.request import (
 )
 
 MAX_FRAME_BYTES = 256 << 20
+MAX_TENANT_BYTES = 64
 
 TokenId = Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
 Id = Annotated[str, msgspec.Meta(min_length=1, max_length=96)]
@@ -55,7 +56,7 @@ class Sampling(msgspec.Struct, frozen=True, forbid_unknown_fields=True, array_li
 
 
 class Add(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="add"):
-    """Start one sample. arrival_s: CLOCK_MONOTONIC, which both processes read."""
+    """Start one sample. arrival_s: CLOCK_MONOTONIC, which both processes read. tenant: see Request."""
 
     request_id: Id
     prompt: Annotated[list[TokenId], msgspec.Meta(min_length=1, max_length=MAX_TOKENS)]
@@ -63,6 +64,7 @@ class Add(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="add"):
     stop_ids: Annotated[list[TokenId], msgspec.Meta(max_length=2 * MAX_STOP_IDS)]
     priority: Annotated[int, msgspec.Meta(ge=-MAX_ABS_PRIORITY, le=MAX_ABS_PRIORITY)]
     arrival_s: float
+    tenant: Annotated[bytes, msgspec.Meta(max_length=MAX_TENANT_BYTES)] = b""
 
 
 class Abort(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="abort"):

@@ -65,10 +65,10 @@ class Ops {
 
   void encode_store(Address qkv, Address cos_sin, Address positions, Address slots, Address tables, Address q,
                     const KvView& kv, Address q_map, Address k_map, Address v_map, bool matrices, int rows, int tokens,
-                    int heads, int kv_heads, int head_dim, bool interleaved, int angles) const {
+                    int heads, int kv_heads, int head_dim, bool interleaved, int angles, bool wide) const {
     const EncodeStore e{{at(qkv), of<float>(cos_sin), of<int32_t>(positions), of<int32_t>(slots), at(q), kv,
                          tokens, heads, kv_heads, head_dim, interleaved, angles},
-                        {of<int32_t>(tables), rows, kv_heads, matrices}, at(q_map), at(k_map), at(v_map)};
+                        wide, {of<int32_t>(tables), rows, kv_heads, matrices}, at(q_map), at(k_map), at(v_map)};
     check(e.rope);
     check(e.maps, tokens);
     nb::gil_scoped_release release;

@@ -65,26 +65,28 @@ void widen_head(const typename T::E* x, int dim, float* out) {
   }
 }
 
-template <class T>
+// In: the type of qkv; T: of what is written.
+template <class T, class In>
 void encode_store_token(const EncodeStore& e, int token, float* wide) {
   using E = typename T::E;
+  using From = typename In::E;
   const RopeStore& a = e.rope;
   const int dim = a.head_dim, each = a.heads / a.kv_heads;
-  const E* row = static_cast<const E*>(a.qkv) + static_cast<ptrdiff_t>(token) * (a.heads + 2 * a.kv_heads) * dim;
+  const From* row = static_cast<const From*>(a.qkv) + static_cast<ptrdiff_t>(token) * (a.heads + 2 * a.kv_heads) * dim;
   const int position = a.positions[token], table = e.maps.tables[token];
   const float* cos = a.cos_sin + static_cast<ptrdiff_t>(position) * dim;
   const float* sin = cos + dim / 2;
   E* q = static_cast<E*>(a.q) + static_cast<ptrdiff_t>(token) * a.heads * dim;
   const ptrdiff_t base = a.slots[token] * a.kv.slot_stride + position * a.kv.token_stride;
-  const E* keys = row + a.heads * dim;
-  const E* values = keys + a.kv_heads * dim;
+  const From* keys = row + a.heads * dim;
+  const From* values = keys + a.kv_heads * dim;
   for (int g = 0; g < a.kv_heads; ++g) {
     for (int h = 0; h < each; ++h)
-      rotate_head<T, F32>(row + (g * each + h) * dim, cos, sin, dim, !a.interleaved, wide + h * dim);
+      rotate_head<In, F32>(row + (g * each + h) * dim, cos, sin, dim, !a.interleaved, wide + h * dim);
     map_heads<T>(e.maps, e.q_map, table, g, wide, each, dim, q + g * each * dim);
-    rotate_head<T, F32>(keys + g * dim, cos, sin, dim, !a.interleaved, wide);
+    rotate_head<In, F32>(keys + g * dim, cos, sin, dim, !a.interleaved, wide);
     map_heads<T>(e.maps, e.k_map, table, g, wide, 1, dim, static_cast<E*>(a.kv.k) + base + g * a.kv.head_stride);
-    widen_head<T>(values + g * dim, dim, wide);
+    widen_head<In>(values + g * dim, dim, wide);
     map_heads<T>(e.maps, e.v_map, table, g, wide, 1, dim, static_cast<E*>(a.kv.v) + base + g * a.kv.head_stride);
   }
 }
@@ -111,7 +113,10 @@ void run_encode_store(Pool& pool, const EncodeStore& e) {
   const RopeStore& a = e.rope;
   pool.run(map_scratch_bytes(a.heads, a.kv_heads, a.head_dim), [&](Team& team) {
     float* wide = reinterpret_cast<float*>(team.scratch());
-    row_phase(team, a.tokens, a.tokens >= 64 ? 16 : 2, [&](int token) { encode_store_token<T>(e, token, wide); });
+    row_phase(team, a.tokens, a.tokens >= 64 ? 16 : 2, [&](int token) {
+      if (e.wide) encode_store_token<T, F32>(e, token, wide);
+      else encode_store_token<T, T>(e, token, wide);
+    });
   });
 }
 

@@ -71,6 +71,7 @@ struct HeadMaps {
 
 struct EncodeStore {
   RopeStore rope;
+  bool wide = false;  // qkv is float, whatever the type of q and the slabs
   HeadMaps maps;
   const void* q_map = nullptr;
   const void* k_map = nullptr;

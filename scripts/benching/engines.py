@@ -69,7 +69,7 @@ def model_flags(args: argparse.Namespace) -> Iterator[tuple[str, list[str]]]:
         raise ValueError("--shape and --model both name a model; give one")
     with tempfile.TemporaryDirectory(prefix="tessera-bench-") as folder:
         if args.shape:
-            made = write_folder(args.shape, Path(folder, args.shape))
+            made = write_folder(args.shape, Path(folder, args.shape), getattr(args, "positions", 0))
             yield args.shape, ["--model", str(made), "--load-format", "dummy"]
         else:
             found = resolve_model(args.model)

@@ -40,12 +40,13 @@ SHAPES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def write_folder(name: str, folder: Path) -> Path:
-    """Write config.json and tokenizer.json of a shape. Returns the folder. Raises ValueError naming the known ones."""
+def write_folder(name: str, folder: Path, positions: int = 0) -> Path:
+    """Write config.json and tokenizer.json of a shape, with at least so many positions, which change no figure but how
+    long a request may be. Returns the folder. Raises ValueError naming the known ones."""
     if name not in SHAPES:
         raise ValueError(f"shape {name!r} is unknown; known: {', '.join(SHAPES)}")
     folder.mkdir(parents=True, exist_ok=True)
-    config = SHAPES[name]
+    config = SHAPES[name] | {"max_position_embeddings": max(positions, SHAPES[name]["max_position_embeddings"])}
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "tokenizer.json").write_text(json.dumps(_tokenizer(config["vocab_size"])))
     return folder

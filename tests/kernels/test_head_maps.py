@@ -67,6 +67,31 @@ def test_encode_store(dtype: torch.dtype, kind: str, dim: int, layers: int) -> N
     assert not k.any() and not v.any(), "rows of no token were written"
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dim", DIMS)
+def test_wide_projections_are_rounded_once(kind: str, dim: int) -> None:
+    """float32 in, bfloat16 out: within half a unit of float64's, where rounding projections first is not; encode
+    writes the same bits."""
+    rows, maps = rows_of(CHUNKS), maps_of(kind, dim, 3)
+    qkv, cos_sin = projections(torch.float32, dim, rows.positions.shape[0]), angles(TOKENS, dim)
+    k, v = slab(SLOTS, TOKENS, GROUPS, dim, torch.bfloat16, layers=3)
+    where, all_maps = (rows.slots.long(), rows.positions.long()), (maps[0], maps[1], maps[2])
+
+    def stored(rows_in: torch.Tensor) -> torch.Tensor:
+        q = encode_store(rows_in, cos_sin, rows, all_maps, k, v, HEADS)
+        return torch.cat([q, k[where], v[where]], dim=1)
+
+    once, twice = stored(qkv), stored(qkv.bfloat16())
+    wide = [one.double() if kind == "matrix" else one for one in maps]
+    want = encode_reference(qkv.double(), cos_sin, rows, wide[0], wide[1], wide[2], HEADS)
+    assert once.dtype is torch.bfloat16
+    errors = [float((got.double() - want).norm()) for got in (want.bfloat16(), once, twice)]
+    assert errors[1] < 1.001 * errors[0] and errors[2] > 1.2 * errors[0]
+    flat = torch.empty(qkv.numel(), dtype=torch.bfloat16)
+    parts = torch.cat(encode(qkv, cos_sin, rows, all_maps, HEADS, flat), dim=1)
+    assert same_bits(parts, once)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dim", DIMS)
