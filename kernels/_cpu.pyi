@@ -97,6 +97,7 @@ class Ops:
         v_map: int,
         matrices: bool,
         rows: int,
+        map_stride: int,
         tokens: int,
         heads: int,
         kv_heads: int,
@@ -114,10 +115,25 @@ class Ops:
         out_map: int,
         matrices: bool,
         rows: int,
+        map_stride: int,
         tokens: int,
         heads: int,
         kv_heads: int,
         head_dim: int,
+        /,
+    ) -> None: ...
+    def draws(
+        self,
+        key: int,
+        info: int,
+        info_bytes: int,
+        place_at: int,
+        labels: int,
+        rows: int,
+        count: int,
+        orders: int,
+        inverses: int,
+        words: int,
         /,
     ) -> None: ...
     def attention(

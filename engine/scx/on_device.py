@@ -1,8 +1,8 @@
 """The secure side on the compute device itself: every answer is a launch, in the order of that device's stream.
 
-Maps of a session are derived on the host and travel once, when it is opened, into its slot's row of a table that never
-moves; so encodes and decodes may stand in a CUDA graph, and a step's rows are then claimed before it is replayed. It is
-no isolation: keys' maps lie in the memory of the device that attends.
+What a session's maps are made of is drawn on the host and travels once, when it is opened; the maps are made on the
+device, in its slot's row of a table that never moves. So encodes and decodes may stand in a CUDA graph, and the rows
+of a step are then claimed before it is replayed. It is no isolation: maps lie in the memory of the device that attends.
 """
 
 from __future__ import annotations
@@ -13,28 +13,28 @@ import numpy as np
 import torch
 
 from engine.runner.batch import Batch
-from engine.scx.keys import SessionKeys
 from engine.scx.schemes import Maps, row_bytes
 from engine.scx.secure import LocalSecureSide, SealOrder, Session, Step, clear
 
-STAGING_BYTES = 64 << 20  # of host memory for maps on their way, where that is enough for two sessions
+STAGING_BYTES = 64 << 20  # of host memory for what is on its way, where that is enough for two sessions
 MOST_STAGED = 64
 
 
 class Staging:
-    """Host memory through which a session's maps travel, pinned where they go to a GPU. What was sent is cleared as
+    """Host memory through which a session's numbers travel, pinned where they go to a GPU. What was sent is cleared as
     soon as somebody looks and it has arrived."""
 
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
-        self._pinned = device.type == "cuda"
+        self._device, self._pinned = device, device.type == "cuda"
         each = int(np.prod(shape)) * dtype.itemsize
         self._count = min(MOST_STAGED, max(2, STAGING_BYTES // max(1, each)))
         self._shape, self._dtype = shape, dtype
         self._free: list[torch.Tensor] = []
         self._sent: list[tuple[torch.Tensor, torch.cuda.Event | None]] = []  # oldest first
 
-    def send(self, fill: Callable[[torch.Tensor], None], into: torch.Tensor) -> None:
-        """Let `fill` write the maps and start their copy. Waits only while all of the memory is on its way."""
+    def send(self, fill: Callable[[torch.Tensor], None], use: Callable[[torch.Tensor], None]) -> None:
+        """Let `fill` write, start the copy, and let `use` start what reads it on the device. Waits only while all of
+        the memory is on its way."""
         self.sweep(wait=len(self._sent) >= self._count)
         if self._free:
             staged = self._free.pop()
@@ -43,8 +43,10 @@ class Staging:
         arrived = None
         try:
             fill(staged)
-            into.copy_(staged, non_blocking=True)
+            there = staged.to(self._device, non_blocking=True)
+            use(there)
             if self._pinned:
+                clear((there,))
                 arrived = torch.cuda.Event()
                 arrived.record()
         finally:
@@ -74,32 +76,20 @@ class DeviceSecureSide(LocalSecureSide):
     in_stream = True
 
     def _make_tables(self) -> list[Maps]:
-        """As LocalSecureSide's, but views of one table (slots, L, T, G, D[, D]), so that a session's row is whole."""
+        """See LocalSecureSide."""
         from tessera_kernels import triton_decode_heads, triton_encode_heads
 
         self._encode, self._decode = triton_encode_heads.encode_store, triton_decode_heads.decode_heads
-        dim, scheme = self.shape.head_dim, self.scheme
-        row = (len(self.config.layers), scheme.tables, self.shape.kv_heads, dim, *((dim,) if scheme.matrices else ()))
-        dtype = torch.float32 if scheme.matrices else torch.int16
-        self._whole = torch.zeros((self.shape.slots, *row), dtype=dtype, device=self.device)
-        self._staging = Staging(row, dtype, self.device)
-        return [Maps(each[0], each[-3], each[-2], each[-1])
-                for each in (layer.unbind(1) for layer in self._whole.unbind(1))]  # fmt: skip
+        room = self.scheme.drawn(len(self.config.layers), self.shape.kv_heads, self.shape.head_dim)
+        self._staging = Staging(tuple(room.shape), room.dtype, self.device)
+        return super()._make_tables()
 
     # ------------------------------------------------------------ sessions
 
     def _fill(self, slot: int, session: Session) -> None:
-        """Derive a session's maps and send them, all at once, into its row."""
-        self._staging.send(lambda staged: self._derive(session.keys, staged), self._whole[slot])
-
-    def _derive(self, keys: SessionKeys, staged: torch.Tensor) -> None:
-        for layer, into in zip(self.config.layers, staged, strict=True):
-            maps = self.scheme.maps(keys, (layer,), self.shape.kv_heads, self.shape.head_dim)
-            try:
-                for made, place in zip(maps[4 - self.scheme.tables :], into, strict=True):
-                    place.copy_(made[0])
-            finally:
-                clear(maps)
+        """Draw what a session's maps are made of and send it; the maps are made on the device."""
+        self._staging.send(lambda staged: self.scheme.draw(session.keys, self.config.layers, 0, staged),
+                           lambda arrived: self.scheme.make(arrived, self._whole[slot]))
 
     def _wipe(self, slot: int, session: Session) -> None:
         """See LocalSecureSide. Behind whatever still runs with these maps."""

@@ -20,7 +20,7 @@ from engine.runner.batch import Batch
 from engine.scx.config import ScxConfig
 from engine.scx.errors import LayerNotEncoded, OutOfOrder, ShapeMismatch, UnknownSession
 from engine.scx.keys import Label, Scope, Secret, SessionKeys, permutations
-from engine.scx.schemes import Maps, schemes
+from engine.scx.schemes import Maps, map_dtype, map_shape, named, schemes
 from tessera_kernels.head_maps import Rows, decode, encode, encode_store
 
 
@@ -178,15 +178,12 @@ class LocalSecureSide(SecureSide):
         self._tables = self._make_tables()
 
     def _make_tables(self) -> list[Maps]:
-        """For each layer, maps (slots, G, D[, D]); zeros where no session is. map_bytes() says what they take."""
-        dim, scheme = self.shape.head_dim, self.scheme
-        shape = (self.shape.slots, self.shape.kv_heads, dim, *((dim,) if scheme.matrices else ()))
-        dtype = torch.float32 if scheme.matrices else torch.int16
-        made = []
-        for _ in self.config.layers:
-            tables = [torch.zeros(shape, dtype=dtype, device=self.device) for _ in range(scheme.tables)]
-            made.append(Maps(tables[0], tables[-3], tables[-2], tables[-1]))  # q's and k's are one where they are alike
-        return made
+        """For each layer, maps (slots, G, D[, D]): views of one table (slots, T, L, G, D[, D]), so that a session's
+        maps lie together; zeros where no session is. map_bytes() says what it takes."""
+        shape, layers = self.shape, len(self.config.layers)
+        row = map_shape(self.scheme, layers, shape.kv_heads, shape.head_dim)
+        self._whole = torch.zeros((shape.slots, *row), dtype=map_dtype(self.scheme), device=self.device)
+        return [named(layer.unbind(1)) for layer in self._whole.unbind(2)]
 
     # ------------------------------------------------------------ sessions
 
@@ -209,15 +206,13 @@ class LocalSecureSide(SecureSide):
         return keys.namespace
 
     def _fill(self, slot: int, session: Session) -> None:
-        """Derive a session's maps into its place in the tables, a layer at a time: what is made on the way is small."""
-        shape = self.shape
-        for layer, tables in zip(self.config.layers, self._tables, strict=True):
-            maps = self.scheme.maps(session.keys, (layer,), shape.kv_heads, shape.head_dim)
-            try:
-                for made, table in list(zip(maps, tables, strict=True))[4 - self.scheme.tables :]:
-                    table[slot] = made[0]
-            finally:
-                clear(maps)
+        """Derive a session's maps into its place in the tables."""
+        drawn = self.scheme.drawn(len(self.config.layers), self.shape.kv_heads, self.shape.head_dim)
+        try:
+            self.scheme.draw(session.keys, self.config.layers, 0, drawn)
+            self.scheme.make(drawn.to(self.device), self._whole[slot])
+        finally:
+            clear((drawn,))
 
     def close(self, slot: int) -> None:
         """See SecureSide."""
@@ -230,7 +225,7 @@ class LocalSecureSide(SecureSide):
     def _wipe(self, slot: int, session: Session) -> None:
         """Clear a session's key and maps."""
         session.keys.clear()
-        for maps in (*session.segments, *(Maps(*(table[slot] for table in tables)) for tables in self._tables)):
+        for maps in (*session.segments, (self._whole[slot],) if self._tables else ()):
             clear(maps)
 
     def shut(self) -> None:

@@ -64,24 +64,36 @@ class Ops {
   }
 
   void encode_store(Address qkv, Address cos_sin, Address positions, Address slots, Address tables, Address q,
-                    const KvView& kv, Address q_map, Address k_map, Address v_map, bool matrices, int rows, int tokens,
-                    int heads, int kv_heads, int head_dim, bool interleaved, int angles, bool wide) const {
+                    const KvView& kv, Address q_map, Address k_map, Address v_map, bool matrices, int rows,
+                    ptrdiff_t map_stride, int tokens, int heads, int kv_heads, int head_dim, bool interleaved,
+                    int angles, bool wide) const {
     const EncodeStore e{{at(qkv), of<float>(cos_sin), of<int32_t>(positions), of<int32_t>(slots), at(q), kv,
                          tokens, heads, kv_heads, head_dim, interleaved, angles},
-                        wide, {of<int32_t>(tables), rows, kv_heads, matrices}, at(q_map), at(k_map), at(v_map)};
+                        wide, {of<int32_t>(tables), rows, kv_heads, matrices, map_stride}, at(q_map), at(k_map),
+                        at(v_map)};
     check(e.rope);
     check(e.maps, tokens);
     nb::gil_scoped_release release;
     kernels_->encode_store(*current_pool(), e);
   }
 
-  void decode_heads(Address x, Address out, Address tables, Address out_map, bool matrices, int rows, int tokens,
-                    int heads, int kv_heads, int head_dim) const {
-    const DecodeHeads a{at(x), at(out), {of<int32_t>(tables), rows, kv_heads, matrices}, at(out_map),
+  void decode_heads(Address x, Address out, Address tables, Address out_map, bool matrices, int rows,
+                    ptrdiff_t map_stride, int tokens, int heads, int kv_heads, int head_dim) const {
+    const DecodeHeads a{at(x), at(out), {of<int32_t>(tables), rows, kv_heads, matrices, map_stride}, at(out_map),
                         tokens, heads, head_dim};
     check(a.maps, tokens);
     nb::gil_scoped_release release;
     kernels_->decode_heads(*current_pool(), a);
+  }
+
+  void draws(Address key, Address info, int info_bytes, int place_at, Address labels, int rows, int count,
+             Address orders, Address inverses, Address words) const {
+    const Draws d{of<unsigned char>(key), of<unsigned char>(info), info_bytes, place_at, of<uint32_t>(labels), rows,
+                  count, static_cast<int16_t*>(at(orders)), static_cast<int16_t*>(at(inverses)),
+                  static_cast<uint32_t*>(at(words))};
+    check(d);
+    nb::gil_scoped_release release;
+    kernels_->draws(*current_pool(), d);
   }
 
   void attention(Address q, Address out, const KvView& kv, Address slots, Address q_starts, Address kv_lens,
@@ -173,6 +185,7 @@ NB_MODULE(_cpu, m) {
       .def("rope_store", &Ops::rope_store)
       .def("encode_store", &Ops::encode_store)
       .def("decode_heads", &Ops::decode_heads)
+      .def("draws", &Ops::draws)
       .def("attention", &Ops::attention)
       .def("silu_mul", &Ops::silu_mul)
       .def("layer", &Ops::layer);

@@ -35,6 +35,11 @@ void check(const HeadMaps& a, int tokens) {
   for (int t = 0; t < tokens; ++t) within("tables", t, a.tables[t], 0, a.rows - 1);
 }
 
+void check(const Draws& d) {
+  within("info_bytes", 0, d.info_bytes, d.place_at + 12, kMaxInfoBlocks * 64 - 10);
+  within("count", 0, d.count, d.orders != nullptr ? 2 : 1, d.orders != nullptr ? 1 << 15 : 1 << 28);
+}
+
 void check(const Attention& a) {
   within("q_starts", 0, a.q_starts[0], 0, 0);
   within("q_starts", a.sequences, a.q_starts[a.sequences], a.tokens, a.tokens);

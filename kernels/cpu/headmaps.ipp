@@ -3,8 +3,8 @@
 
 // One table row's map of one KV head: an order of entries or a matrix.
 template <class Index>
-const Index* map_at(const void* maps, int table, int group, int groups, size_t entries) {
-  return static_cast<const Index*>(maps) + (static_cast<size_t>(table) * groups + group) * entries;
+const Index* map_at(const void* maps, const HeadMaps& m, int table, int group, ptrdiff_t entries) {
+  return static_cast<const Index*>(maps) + table * m.stride + group * entries;
 }
 
 // out[j] = x[order[j]]
@@ -47,11 +47,11 @@ template <class T>
 void map_heads(const HeadMaps& m, const void* maps, int table, int group, const float* x, int heads, int dim,
                typename T::E* out) {
   if (!m.matrices) {
-    const int16_t* order = map_at<int16_t>(maps, table, group, m.groups, static_cast<size_t>(dim));
+    const int16_t* order = map_at<int16_t>(maps, m, table, group, dim);
     for (int h = 0; h < heads; ++h) reorder_head<T>(x + h * dim, order, dim, out + h * dim);
     return;
   }
-  const float* matrix = map_at<float>(maps, table, group, m.groups, static_cast<size_t>(dim) * dim);
+  const float* matrix = map_at<float>(maps, m, table, group, static_cast<ptrdiff_t>(dim) * dim);
   int h = 0;
   for (; h + 4 <= heads; h += 4) multiply_heads<T, 4>(x + h * dim, matrix, dim, out + h * dim);
   for (; h < heads; ++h) multiply_heads<T, 1>(x + h * dim, matrix, dim, out + h * dim);
