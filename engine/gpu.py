@@ -16,6 +16,7 @@ import torch
 
 from engine.core.config import EngineConfig
 from engine.core.errors import ConfigError
+from engine.core.request import SamplingParams
 from engine.kv.slots import SlotStore
 from engine.loading.spec import ModelSpec
 from engine.parts.cuda_kernels import CudaLayer
@@ -24,6 +25,7 @@ from engine.runner.device_sampler import DeviceSampler
 from engine.runner.graphs import DecodeGraphs
 from engine.runner.pieces import PieceGraphs
 from engine.runner.runner import Runner
+from engine.runner.sampler import Pick
 from engine.scx.sessions import NONCE_BYTES
 
 log = logging.getLogger(__name__)
@@ -62,14 +64,30 @@ def lacks_gpu() -> str | None:
     return None
 
 
-def rehearsal(slot: int, tokens: int) -> Iterator[list[Row]]:
-    """Steps of few and of many short prompts with a decode behind them, all in one slot that holds `tokens`.
+def rehearsal(slot: int, tokens: int, sequences: int) -> Iterator[list[Row]]:
+    """Steps of few and of many short prompts with a decode behind them, and one in which all `sequences` sample; all in
+    one slot that holds `tokens`.
 
-    Kernels are built for counts of sequences, and none shall be built while somebody waits.
+    Kernels are built for counts of sequences, and memory is taken for numbers of rows; neither shall happen while
+    somebody waits: a call that takes memory from the driver waits for every step under way.
     """
     for prompts in (1, 2, 17, 65, 257):
         if 2 * prompts < tokens:
             yield [*(Row(slot, 0, [0, 0], True) for _ in range(prompts)), Row(slot, 1, [0], True)]
+    yield [Row(slot, 0, [0, 0], True), *(Row(slot, 1, [0], True) for _ in range(sequences - 1))]
+
+
+def rehearse(runner: Runner, slot: int, tokens: int, sequences: int) -> None:
+    """Run the rehearsal, sampled greedily and by every rule, and take the pinned memory that steps are staged in."""
+    rules = SamplingParams(temperature=1.0, top_k=5, top_p=0.9, min_p=0.1, seed=0)
+    for rows in rehearsal(slot, tokens, sequences):
+        step = runner.store.place(pack(rows).to(runner.device))
+        in_pieces = runner.pieces is not None and runner.pieces.fits(step)
+        logits = (runner.pieces if runner.pieces is not None and in_pieces else runner.model)(step)
+        for params in (SamplingParams(temperature=0.0), rules):
+            runner.sampler(logits, [Pick(params, 0, frozenset())] * logits.shape[0])
+    for power in range(9, 21):
+        _ = [torch.empty(1 << power, dtype=torch.uint8, pin_memory=True) for _ in range(4)]
 
 
 def prepare_gpu(
@@ -93,9 +111,7 @@ def prepare_gpu(
         if not config.enforce_eager:
             with contextlib.nullcontext() if runner.scx is None else runner.scx.recording():
                 record_graphs(runner, spec, config, tokens, progress)
-        for rows in rehearsal(slot, min(tokens, geometry.max_tokens)):
-            step = store.place(pack(rows).to(runner.device))
-            (runner.pieces if runner.pieces is not None and runner.pieces.fits(step) else runner.model)(step)
+        rehearse(runner, slot, tokens, config.max_num_seqs)
     torch.cuda.synchronize()
     if runner.scx is not None:
         runner.scx.scx.secure.close(slot)

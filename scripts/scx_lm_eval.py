@@ -4,7 +4,7 @@
 
 Most tasks fetch their texts from a hub. Where there is none, --cloze FILE.jsonl (scripts.corpora) makes a task of the
 passages of `scripts.scx accuracy`, scored by lm-eval. The server's completions route is no way in for tasks that score
-given answers, since `echo` with `logprobs` is refused there; tasks that generate can use it. The last line is JSON.
+given answers, since `echo` with `logprobs` is refused there. The last line is JSON.
 """
 
 from __future__ import annotations

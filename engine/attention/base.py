@@ -54,9 +54,11 @@ class AttentionBackend(Protocol):
     def __init__(self, spec: ModelSpec) -> None: ...
 
     def attend(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: Batch, window: int = 0
-    ) -> torch.Tensor:
-        """Causal attention. q: (N, H, D); k, v: (S, C, G, D) strided slab views (paged: blocks). Returns (N, H * D).
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: Batch, window: int = 0,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:  # fmt: skip
+        """Causal attention. q: (N, H, D); k, v: (S, C, G, D) strided slab views (paged: blocks). Returns (N, H * D), in
+        `out` where given.
 
         Query i of chunk b sits at position kv_lens[b] - length_b + i and attends to its own position and
         those before it, the last `window` of them where window > 0.
@@ -64,6 +66,12 @@ class AttentionBackend(Protocol):
 
 
 backends: Registry[type[AttentionBackend]] = Registry("attention backend", "engine.attention")
+
+
+def placed(attended: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
+    """What a backend returns that cannot write into `out` itself."""
+    return attended if out is None else out.copy_(attended)
+
 
 def why_not(name: str, device: str, dtype: str, head_dim: int) -> list[str]:
     """Every reason for which a backend does not fit; empty when it does."""

@@ -28,18 +28,20 @@ class ByPhase:
         return None
 
     def attend(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: Batch, window: int = 0
-    ) -> torch.Tensor:
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: Batch, window: int = 0,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:  # fmt: skip
         """See AttentionBackend."""
         tokens = batch.num_prefill_tokens
         if tokens == 0:
-            return self._decode.attend(q, k, v, batch, window)
+            return self._decode.attend(q, k, v, batch, window, out)
         if tokens == q.shape[0]:
-            return self._prefill.attend(q, k, v, batch, window)
+            return self._prefill.attend(q, k, v, batch, window, out)
         if self._whole is not batch or self._halves is None:  # once a step, not once a layer
             self._whole, self._halves = batch, batch.split()
         prompts, decodes = self._halves
-        return torch.cat([
-            self._prefill.attend(q[:tokens], k, v, prompts, window),
-            self._decode.attend(q[tokens:], k, v, decodes, window),
-        ])  # fmt: skip
+        if out is None:
+            out = torch.empty((q.shape[0], q.shape[1] * q.shape[2]), dtype=q.dtype, device=q.device)
+        self._prefill.attend(q[:tokens], k, v, prompts, window, out[:tokens])
+        self._decode.attend(q[tokens:], k, v, decodes, window, out[tokens:])
+        return out

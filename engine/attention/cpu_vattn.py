@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from engine.attention.base import Caps, backends
+from engine.attention.base import Caps, backends, placed
 from engine.loading.spec import ModelSpec
 from engine.runner.batch import Batch
 
@@ -31,7 +31,8 @@ class CpuVattn:
         self.scale = spec.head_dim**-0.5
 
     def attend(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: Batch, window: int = 0
-    ) -> torch.Tensor:
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: Batch, window: int = 0,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:  # fmt: skip
         """See AttentionBackend."""
-        return self._attention(q, k, v, batch.slots, batch.q_starts, batch.kv_lens, self.scale, window)
+        return placed(self._attention(q, k, v, batch.slots, batch.q_starts, batch.kv_lens, self.scale, window), out)

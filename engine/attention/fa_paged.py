@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from engine.attention.base import Caps, backends
+from engine.attention.base import Caps, backends, placed
 from engine.attention.triton_vattn import cuda_missing
 from engine.core.errors import InvariantError
 from engine.loading.spec import ModelSpec
@@ -45,25 +45,26 @@ class FaPaged:
         self.scale = spec.head_dim**-0.5
 
     def attend(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: Batch, window: int = 0
-    ) -> torch.Tensor:
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: Batch, window: int = 0,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:  # fmt: skip
         """See AttentionBackend."""
         if batch.paged is None:
             raise InvariantError("a paged backend runs on a paged store")
         table = batch.paged.table
-        out = torch.empty_like(q)
+        attended = torch.empty_like(q)
         prompts, tokens = len(batch.spans), batch.num_prefill_tokens
         options = {"softmax_scale": self.scale, "causal": True, "window_size": (window - 1, 0) if window else (-1, -1)}
         if prompts:
             lens = torch.nn.functional.pad(batch.kv_lens[:prompts].cumsum(0, dtype=torch.int32), (1, 0))
-            out[:tokens] = self._flash.flash_attn_varlen_func(
+            attended[:tokens] = self._flash.flash_attn_varlen_func(
                 q[:tokens], k, v, batch.q_starts[: prompts + 1], lens,
                 max(span.last - span.first for span in batch.spans), max(span.kv_len for span in batch.spans),
                 block_table=table[batch.slots[:prompts].long()], **options,
             )  # fmt: skip
         if batch.slots.shape[0] > prompts:
             slots = batch.slots[prompts:].clamp(min=0).long()  # padding rows have length 0
-            out[tokens:] = self._flash.flash_attn_with_kvcache(
+            attended[tokens:] = self._flash.flash_attn_with_kvcache(
                 q[tokens:, None], k, v, cache_seqlens=batch.kv_lens[prompts:], block_table=table[slots], **options
             )[:, 0]
-        return out.flatten(1)
+        return placed(attended.flatten(1), out)

@@ -66,14 +66,16 @@ class FaVattn:
                     num_splits=0 if few else 1)  # fmt: skip
 
     def attend(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: Batch, window: int = 0
-    ) -> torch.Tensor:
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: Batch, window: int = 0,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:  # fmt: skip
         """See AttentionBackend."""
-        spans, out = batch.spans, torch.empty_like(q)
-        flat = out.flatten(1)
+        spans = batch.spans
+        flat = torch.empty_like(q).flatten(1) if out is None else out
+        heads = flat.view_as(q)
         if spans and not window and worth_it(spans):
             for slot, first, last, kv_len in spans:
-                self._prompt(q[first:last], k[slot, :kv_len], v[slot, :kv_len], out[first:last])
+                self._prompt(q[first:last], k[slot, :kv_len], v[slot, :kv_len], heads[first:last])
         elif spans:
             tokens, prompts = batch.num_prefill_tokens, len(spans)
             self._prefill(q[:tokens], k, v, batch.slots[:prompts], batch.q_starts[: prompts + 1],

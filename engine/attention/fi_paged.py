@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from engine.attention.base import Caps, backends
+from engine.attention.base import Caps, backends, placed
 from engine.attention.fi_vattn import FlashInferRuns, Pages, flashinfer_missing
 from engine.core.errors import InvariantError
 from engine.loading.spec import ModelSpec
@@ -42,10 +42,11 @@ class FiPaged:
         return Pages(indptr, np.concatenate(blocks), last_len)
 
     def attend(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: Batch, window: int = 0
-    ) -> torch.Tensor:
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: Batch, window: int = 0,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:  # fmt: skip
         """See AttentionBackend."""
         if batch.paged is None:
             raise InvariantError("a paged backend runs on a paged store")
         self._table = (batch.paged.host_table, batch.paged.block_tokens)
-        return self._runs.attend(q, k, v, batch, window)
+        return placed(self._runs.attend(q, k, v, batch, window), out)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from engine.attention.base import Caps, backends
+from engine.attention.base import Caps, backends, placed
 from engine.attention.triton_vattn import cuda_missing
 from engine.core.errors import ConfigError, InvariantError
 from engine.loading.spec import ModelSpec
@@ -133,7 +133,8 @@ class FiVattn:
         self._runs = FlashInferRuns(spec, slots_as_pages)
 
     def attend(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: Batch, window: int = 0
-    ) -> torch.Tensor:
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: Batch, window: int = 0,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:  # fmt: skip
         """See AttentionBackend."""
-        return self._runs.attend(q, k, v, batch, window)
+        return placed(self._runs.attend(q, k, v, batch, window), out)

@@ -28,8 +28,9 @@ class TorchPaged:
         self._plain = TorchVattn(spec)
 
     def attend(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: Batch, window: int = 0
-    ) -> torch.Tensor:
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: Batch, window: int = 0,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:  # fmt: skip
         """See AttentionBackend."""
         paged = batch.paged
         if paged is None:
@@ -38,4 +39,5 @@ class TorchPaged:
         table = paged.table[batch.slots.long(), :blocks].long()  # (B, M); entries past a length are never looked at
         flat = [view[table].flatten(1, 2) for view in (k, v)]  # (B, M * T, G, D)
         rows = torch.arange(batch.slots.shape[0], dtype=torch.int32, device=q.device)
-        return self._plain.attend(q, flat[0], flat[1], dataclasses.replace(batch, slots=rows, paged=None), window)
+        return self._plain.attend(q, flat[0], flat[1], dataclasses.replace(batch, slots=rows, paged=None), window,
+                                  out)  # fmt: skip

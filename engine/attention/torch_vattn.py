@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from engine.attention.base import Caps, backends
+from engine.attention.base import Caps, backends, placed
 from engine.loading.spec import ModelSpec
 from engine.runner.batch import Batch
 
@@ -24,11 +24,12 @@ class TorchVattn:
         self.scale = spec.head_dim**-0.5
 
     def attend(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: Batch, window: int = 0
-    ) -> torch.Tensor:
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: Batch, window: int = 0,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:  # fmt: skip
         """See AttentionBackend."""
         heads, groups = q.shape[1], k.shape[2]
-        out = torch.empty_like(q)  # (N, H, D)
+        attended = torch.empty_like(q)  # (N, H, D)
         bounds = batch.q_starts.tolist()
         for b, (slot, kv_len) in enumerate(zip(batch.slots.tolist(), batch.kv_lens.tolist(), strict=True)):
             queries = q[bounds[b] : bounds[b + 1]].transpose(0, 1).float()  # (H, n, D)
@@ -41,6 +42,6 @@ class TorchVattn:
             if window:
                 hidden |= other <= position - window
             scores = (queries @ keys.transpose(1, 2) * self.scale).masked_fill(hidden, float("-inf"))
-            attended = torch.softmax(scores, dim=-1) @ values  # (H, n, D)
-            out[bounds[b] : bounds[b + 1]] = attended.transpose(0, 1).to(out.dtype)
-        return out.flatten(1)
+            done = torch.softmax(scores, dim=-1) @ values  # (H, n, D)
+            attended[bounds[b] : bounds[b + 1]] = done.transpose(0, 1).to(attended.dtype)
+        return placed(attended.flatten(1), out)

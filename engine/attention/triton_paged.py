@@ -32,13 +32,15 @@ class TritonPaged:
         self.scale = spec.head_dim**-0.5
 
     def attend(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: Batch, window: int = 0
-    ) -> torch.Tensor:
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: Batch, window: int = 0,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:  # fmt: skip
         """See AttentionBackend."""
         if batch.paged is None:
             raise InvariantError("a paged backend runs on a paged store")
         table = batch.paged.table
-        out = torch.empty((q.shape[0], q.shape[1] * q.shape[2]), dtype=q.dtype, device=q.device)
+        if out is None:
+            out = torch.empty((q.shape[0], q.shape[1] * q.shape[2]), dtype=q.dtype, device=q.device)
         prompts, tokens = len(batch.spans), batch.num_prefill_tokens
         if prompts:
             self._prefill(q[:tokens], k, v, batch.slots[:prompts], batch.q_starts[: prompts + 1],

@@ -39,10 +39,10 @@ class Llama:
     def __call__(self, batch: Batch) -> torch.Tensor:
         """batch: N tokens of B sequences. Returns (R, V) float32 logits of batch.sample_rows."""
         hidden = self.embed(batch.tokens)  # (N, C)
-        for layer in self.layers:
+        for layer in self.layers[:-1]:
             layer(hidden, batch)
-        return self.logits(hidden, batch.sample_rows)
+        return self.logits(self.layers[-1].last(hidden, batch))
 
-    def logits(self, hidden: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """hidden: (N, C) behind the last layer. Returns (R, V) float32 logits of its `rows`."""
-        return self.head(self.norm(hidden.index_select(0, rows)))
+    def logits(self, rows: torch.Tensor) -> torch.Tensor:
+        """rows: (R, C) behind the last layer. Returns (R, V) float32 logits."""
+        return self.head(self.norm(rows))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from engine.attention.cpu_vattn import CpuVattn
@@ -48,6 +50,22 @@ class CpuHead:
         """x: (R, C). Returns (R, V) float32."""
         assert add_to is None
         return self.packed.logits(x)
+
+
+@dataclass(frozen=True, slots=True)
+class CpuLayer:
+    """A whole decoder layer as one call of the C++ kernels."""
+
+    fused: DecoderLayer
+
+    def __call__(self, hidden: torch.Tensor, batch: Batch) -> None:
+        """See Layer."""
+        self.fused(hidden, batch)
+
+    def last(self, hidden: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """See Layer."""
+        self.fused(hidden, batch)
+        return hidden.index_select(0, batch.sample_rows)
 
 
 @kernel_sets.register("cpu")
@@ -115,7 +133,7 @@ class CpuKernels:
             scale=attention.backend.scale,
             window=attention.window,
         )
-        return lambda hidden, batch: fused(hidden, batch)
+        return CpuLayer(fused)
 
 
 def _packed(piece: object) -> PackedLinear:

@@ -97,10 +97,10 @@ class PlainPath:
             projected, a.rope, batch.positions, slots, a.k, a.v, a.heads, rows=rows, out=out, pdl=self._pdl
         )
 
-    def attend(self, q: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """(N, H, D) -> (N, H * D)."""
+    def attend(self, q: torch.Tensor, batch: Batch, out: torch.Tensor | None = None) -> torch.Tensor:
+        """(N, H, D) -> (N, H * D), in `out` where given."""
         a = self._attention
-        return a.backend.attend(q, a.k, a.v, batch, a.window)
+        return a.backend.attend(q, a.k, a.v, batch, a.window, out)
 
     def decode(self, attended: torch.Tensor, batch: Batch) -> torch.Tensor:
         """Nothing was encoded."""
@@ -123,6 +123,7 @@ class CudaLayer:
         self._qkv, self._out, self._gate_up, self._down = attention.qkv, attention.out, mlp.gate_up, mlp.down
         self._path = attention if isinstance(attention, ScxAttention) else PlainPath(attention, self._qkv.pdl)
         self._norms = (layer.input_norm, layer.post_norm)
+        self.selective = isinstance(self._path, PlainPath)  # an encoded row is answered for, whoever wants it
 
     def before(self, hidden: torch.Tensor, batch: Batch, out: torch.Tensor | None = None) -> torch.Tensor:
         """What stands before attention: hidden (N, C) -> queries (N, H, D), in `out` where given."""
@@ -131,9 +132,9 @@ class CudaLayer:
         parts = self._qkv.parts(normed)
         return self._path.encode(self._qkv(normed) if parts is None else parts, batch, out)
 
-    def attend(self, q: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """Attention alone: queries (N, H, D) -> (N, H * D)."""
-        return self._path.attend(q, batch)
+    def attend(self, q: torch.Tensor, batch: Batch, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Attention alone: queries (N, H, D) -> (N, H * D), in `out` where given."""
+        return self._path.attend(q, batch, out)
 
     def after(self, hidden: torch.Tensor, attended: torch.Tensor, batch: Batch) -> torch.Tensor:
         """What stands behind attention, onto hidden (N, C) in place."""
@@ -146,6 +147,25 @@ class CudaLayer:
         else:
             normed = self._rmsnorm(parts, norm.weight, norm.eps, residual=hidden, pdl=pdl)
         return self._down(self._gate_up(normed), add_to=hidden)
+
+    def finish(self, q: torch.Tensor, hidden: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """What stands behind `before` in a model's last layer, for the rows that get logits: (R, C). The others' keys
+        and values are stored, and nothing else of them is wanted: in a long prompt that is nearly a whole layer less.
+        """
+        sampling = batch.sampling() if self.selective else None
+        if sampling is None:
+            self.after(hidden, self.attend(q, batch), batch)
+            return hidden.index_select(0, batch.sample_rows)
+        kept = hidden.index_select(0, batch.sample_rows)
+        if kept.shape[0]:
+            self.after(kept, self.attend(q.index_select(0, batch.sample_rows), sampling), sampling)
+        return kept
+
+    def last(self, hidden: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """See Layer."""
+        if batch.spans:
+            return self.finish(self.before(hidden, batch), hidden, batch)
+        return self(hidden, batch).index_select(0, batch.sample_rows)
 
     def __call__(self, hidden: torch.Tensor, batch: Batch) -> torch.Tensor:
         """hidden: (N, C), updated in place. See Layer."""

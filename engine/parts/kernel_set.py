@@ -36,6 +36,9 @@ class Layer(Protocol):
     def __call__(self, hidden: torch.Tensor, batch: Batch) -> object:
         """hidden: (N, C), updated in place."""
 
+    def last(self, hidden: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """As __call__, in a model's last layer: only the rows of batch.sample_rows are wanted. Returns them, (R, C)."""
+
 
 class KernelSet(Protocol):
     """What a device must offer to run a decoder."""

@@ -80,3 +80,8 @@ class PreNormLayer:
         """hidden: (N, C), updated in place."""
         self.attention(self.input_norm(hidden), batch, add_to=hidden)
         self.mlp(self.post_norm(hidden), add_to=hidden)
+
+    def last(self, hidden: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """See kernel_set.Layer."""
+        self(hidden, batch)
+        return hidden.index_select(0, batch.sample_rows)

@@ -58,6 +58,7 @@ class Batch:
     sample_rows: (R,) integer, the token rows that get logits.
     spans: the first chunks, up to the last that has more than one token; the chunks behind them are one token each.
     So a backend can run prompts and decodes by different kernels without asking a device for numbers.
+    ends: (2, R) int32, slot and kv_len of each chunk that has a row in sample_rows; None where nobody asks.
     paged: for backends over block tables, what a paged store adds (KvStore.place).
     host: the same batch in host memory, where this one lies on a device and came from there.
     """
@@ -70,6 +71,7 @@ class Batch:
     kv_lens: torch.Tensor
     sample_rows: torch.Tensor
     spans: tuple[Span, ...] = ()
+    ends: torch.Tensor | None = None
     paged: Paged | None = None
     host: Batch | None = None
 
@@ -77,13 +79,15 @@ class Batch:
         """The same on a device: one copy from pinned memory, which the launches behind it need not wait for."""
         if device.type == "cpu":
             return self
+        ends = self.sample_rows[:0] if self.ends is None else self.ends.flatten()
         fields = (self.tokens, self.positions, self.token_slots, self.slots, self.q_starts, self.kv_lens,
-                  self.sample_rows)  # fmt: skip
+                  self.sample_rows, ends)  # fmt: skip
         staged = torch.empty(sum(field.shape[0] for field in fields), dtype=torch.int32, pin_memory=True)
         torch.cat([field.to(torch.int32) for field in fields], out=staged)
         moved = staged.to(device, non_blocking=True).split([field.shape[0] for field in fields])
-        tokens, positions, token_slots, slots, q_starts, kv_lens, rows = moved
-        return Batch(tokens, positions, token_slots, slots, q_starts, kv_lens, rows, self.spans, host=self)
+        tokens, positions, token_slots, slots, q_starts, kv_lens, rows, ends = moved
+        known = None if self.ends is None else ends.view(2, -1)
+        return Batch(tokens, positions, token_slots, slots, q_starts, kv_lens, rows, self.spans, known, host=self)
 
     @property
     def places(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -104,6 +108,16 @@ class Batch:
                      self.q_starts[prompts:] - tokens, self.kv_lens[prompts:], none, paged=self.paged,
                      host=hosts[1])  # fmt: skip
         return first, rest
+
+    def sampling(self) -> Batch | None:
+        """The last tokens of the chunks that sample, one row each, as a batch of decodes; nothing is stored of it. None
+        where every row is such a token already."""
+        if self.ends is None or not self.spans:
+            return None
+        slots, kv_lens = self.ends
+        rows = torch.arange(slots.shape[0] + 1, dtype=torch.int32, device=slots.device)
+        host = self.host.sampling() if self.host is not None else None
+        return Batch(rows[:-1], kv_lens - 1, slots, slots, rows, kv_lens, rows[:-1], paged=self.paged, host=host)
 
     @property
     def num_tokens(self) -> int:
@@ -142,4 +156,5 @@ def pack(rows: Sequence[Row]) -> Batch:
         kv_lens=torch.from_numpy(starts + lengths),
         sample_rows=torch.from_numpy((q_starts[1:][samples] - 1).astype(np.int64)),
         spans=spans,
+        ends=torch.from_numpy(np.stack([slots[samples], (starts + lengths)[samples]])),
     )

@@ -23,16 +23,21 @@ Record = Callable[[Replay], Replay]  # runs the work once or more, and gives bac
 
 
 class SplitLayer(Protocol):
-    """A decoder layer in three; see CudaLayer."""
+    """A decoder layer in three; see CudaLayer. selective: as a model's last, it can leave out rows without logits."""
+
+    selective: bool
 
     def before(self, hidden: torch.Tensor, batch: Batch, out: torch.Tensor | None = None) -> torch.Tensor:
         """hidden (N, C) -> queries (N, H, D); keys and values are stored at batch.places."""
 
-    def attend(self, q: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """(N, H, D) -> (N, H * D)."""
+    def attend(self, q: torch.Tensor, batch: Batch, out: torch.Tensor | None = None) -> torch.Tensor:
+        """(N, H, D) -> (N, H * D), in `out` where given."""
 
     def after(self, hidden: torch.Tensor, attended: torch.Tensor, batch: Batch) -> object:
         """Onto hidden (N, C) in place."""
+
+    def finish(self, q: torch.Tensor, hidden: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """The rest of the last layer, for the rows that get logits: (R, C)."""
 
 
 class SplitModel(Protocol):
@@ -41,8 +46,8 @@ class SplitModel(Protocol):
     layers: list[SplitLayer]
     embed: Callable[[torch.Tensor], torch.Tensor]
 
-    def logits(self, hidden: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """(N, C) -> (R, V) float32."""
+    def logits(self, rows: torch.Tensor) -> torch.Tensor:
+        """(R, C) -> (R, V) float32."""
 
 
 def piece_sizes(most: int) -> list[int]:
@@ -129,7 +134,8 @@ class PieceGraphs:
         def last() -> None:
             layers[-1].after(hidden, attended, step)
 
-        return [first, *(lambda i=i: between(i) for i in range(1, len(layers))), last]  # type: ignore[misc]
+        ends = [] if layers[-1].selective else [last]
+        return [first, *(lambda i=i: between(i) for i in range(1, len(layers))), *ends]  # type: ignore[misc]
 
     def fits(self, batch: Batch) -> bool:
         """Whether a batch has prompts in it and few enough tokens."""
@@ -144,9 +150,14 @@ class PieceGraphs:
                               (b.rows, rows)):  # fmt: skip
             buffer[:count].copy_(given)
         b.slots[count:size].fill_(-1)  # padding stores nothing
-        pieces = self._pieces[size]
-        for layer, replay in zip(self._model.layers, pieces, strict=False):
+        layers, pieces = self._model.layers, self._pieces[size]
+        q, attended = b.q[:count], b.attended[:count]
+        for layer, replay in zip(layers[:-1], pieces, strict=False):
             replay()
-            b.attended[:count].copy_(layer.attend(b.q[:count], batch))
+            layer.attend(q, batch, attended)
+        pieces[len(layers) - 1]()
+        if layers[-1].selective:
+            return self._model.logits(layers[-1].finish(q, b.hidden[:count], batch))
+        layers[-1].attend(q, batch, attended)
         pieces[-1]()
-        return self._model.logits(b.hidden, batch.sample_rows)
+        return self._model.logits(b.hidden.index_select(0, batch.sample_rows))

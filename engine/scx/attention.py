@@ -40,7 +40,8 @@ class Scx:
     secure: SecureSide
     observer: Observer | None = None
     backend: AttentionBackend | None = None  # in place of the engine's, where one key a request is not enough
-    slabs: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)  # K and V views by encoded layer
+    # K and V views by encoded layer; no text form: most of a slab is not mapped, and what is must not be in a log
+    slabs: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict, repr=False)
     wide: bool = False  # projections come in float32, as Scheme.matrices says
 
     def seal(self, layer: int, batch: Batch) -> None:
@@ -80,10 +81,12 @@ class ScxAttention:
             self._show(batch, q, projected)
         return q
 
-    def attend(self, q: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """Attention alone: queries (N, H, D) -> (N, H * D), still encoded. Blocks that became full are shuffled behind
-        it: later steps see these rows whole, whatever their order."""
-        attended = self.backend.attend(q, self.k, self.v, batch, self.window)
+    def attend(self, q: torch.Tensor, batch: Batch, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Attention alone: queries (N, H, D) -> (N, H * D), in `out` where given, still encoded.
+
+        Blocks that became full are shuffled behind it: later steps see these rows whole, whatever their order.
+        """
+        attended = self.backend.attend(q, self.k, self.v, batch, self.window, out)
         if not self.scx.secure.recording:  # what a graph will do to its steps' blocks, nobody knows yet
             self.scx.seal(self.layer, batch)
         return attended

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from engine.attention.base import Caps
+from engine.attention.base import Caps, placed
 from engine.runner.batch import Batch
 from engine.scx.errors import ShapeMismatch
 from engine.scx.schemes import Maps, maps_of
@@ -67,13 +67,14 @@ class SegmentBackend:
         return None
 
     def attend(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: Batch, window: int = 0
-    ) -> torch.Tensor:
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: Batch, window: int = 0,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:  # fmt: skip
         """q: (R, H, D), one row for each query and segment; k, v: slabs. Returns (R, H * (D + 1)) float32: a head's
         output, normalised within the segment, then the logarithm of its sum."""
         assert window == 0  # refused by the configuration
         heads, groups = q.shape[1], k.shape[2]
-        out = torch.empty((q.shape[0], heads, q.shape[2] + 1), dtype=torch.float32, device=q.device)
+        found = torch.empty((q.shape[0], heads, q.shape[2] + 1), dtype=torch.float32, device=q.device)
         for part in parts_of(batch, self._size):
             queries = q[part.first : part.last].transpose(0, 1).float()  # (H, n, D)
             keys, values = (slab[part.slot, part.begin : part.end].transpose(0, 1).float() for slab in (k, v))
@@ -83,8 +84,8 @@ class SegmentBackend:
             scores = (queries @ keys.mT * self._scale).masked_fill(hidden, float("-inf"))
             total = scores.logsumexp(dim=-1, keepdim=True)  # (H, n, 1)
             done = torch.cat([(scores - total).exp() @ values, total], dim=-1)
-            out[part.first : part.last] = done.transpose(0, 1)
-        return out.flatten(1)
+            found[part.first : part.last] = done.transpose(0, 1)
+        return placed(found.flatten(1), out)
 
 
 class SegmentedSide(LocalSecureSide):

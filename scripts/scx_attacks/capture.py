@@ -48,13 +48,14 @@ class _Spy:
         self.scale = backend.scale
 
     def attend(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: Batch, window: int = 0
-    ) -> torch.Tensor:
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: Batch, window: int = 0,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:  # fmt: skip
         """See AttentionBackend."""
         where = (batch.token_slots.long(), batch.positions.long())
         self._observe("V1", self._layer, {"k": k[where], "v": v[where]})
         self._observe("V3", self._layer, {"q": q})
-        return self._backend.attend(q, k, v, batch, window)  # type: ignore[no-any-return]
+        return self._backend.attend(q, k, v, batch, window, out)  # type: ignore[no-any-return]
 
 
 class Device:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,6 +32,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ceilings are not measured here, and the test process keeps its collector."""
     monkeypatch.setattr(engines, "measure_device", lambda kind, dtype: Device(kind, 1e10, 1e11))
     monkeypatch.setattr(engines, "settle_heap", lambda: None)
+    monkeypatch.setattr(logging.getLogger("engine"), "setLevel", lambda level: None)  # other tests read its warnings
 
 
 @pytest.fixture(scope="module")
