@@ -122,6 +122,45 @@ class Ops:
         head_dim: int,
         /,
     ) -> None: ...
+    def encode_job(
+        self,
+        qkv: int,
+        out: int,
+        cos_sin: int,
+        positions: int,
+        tables: int,
+        own: int,
+        q_map: int,
+        k_map: int,
+        v_map: int,
+        matrices: bool,
+        rows: int,
+        map_stride: int,
+        tokens: int,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        angles: int,
+        wide: bool,
+        once: bool,
+        /,
+    ) -> int: ...
+    def decode_job(
+        self,
+        x: int,
+        out: int,
+        tables: int,
+        out_map: int,
+        matrices: bool,
+        rows: int,
+        map_stride: int,
+        tokens: int,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        once: bool,
+        /,
+    ) -> int: ...
     def draws(
         self,
         key: int,
@@ -176,3 +215,6 @@ def embed(
     table: int, ids: int, out: int, rows: int, row_bytes: int, wide_ids: bool, vocab: int, /
 ) -> None: ...
 def argmax(logits: int, stride: int, out: int, rows: int, width: int, /) -> None: ...
+def copy_job(to: int, source: int, nbytes: int, /) -> int: ...
+def job_function() -> int: ...
+def run_job(job: int, /) -> None: ...

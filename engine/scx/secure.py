@@ -281,8 +281,8 @@ class LocalSecureSide(SecureSide):
             raise OutOfOrder(f"layer {layer}: rows to decode that were not the last ones encoded")
         return place, step
 
-    def _count(self, incoming_bytes: int, outgoing_bytes: int) -> None:
-        self.traffic.calls += 1
+    def _count(self, incoming_bytes: int, outgoing_bytes: int, calls: int = 1) -> None:
+        self.traffic.calls += calls
         self.traffic.bytes_in += incoming_bytes
         self.traffic.bytes_out += outgoing_bytes
 

@@ -54,6 +54,18 @@ void check(const Embed& a) {
   for (int row = 0; row < a.rows; ++row) within("ids", row, id_at(a, row), 0, a.vocab - 1);
 }
 
+void run_job(void* given) {
+  Job* const job = static_cast<Job*>(given);
+  switch (job->kind) {
+    case Job::Kind::kEncode: job->kernels->encode_store(*current_pool(), job->encode); break;
+    case Job::Kind::kDecode: job->kernels->decode_heads(*current_pool(), job->decode); break;
+    case Job::Kind::kCopy:
+      if (job->from != nullptr) std::memcpy(job->to, job->from, job->nbytes);
+      else std::memset(job->to, 0, job->nbytes);
+  }
+  if (job->once) delete job;
+}
+
 void embed(Pool& pool, const Embed& a) {
   constexpr int kRows = 32;
   pool.run(0, [&](Team& team) {

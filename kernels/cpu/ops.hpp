@@ -77,6 +77,7 @@ struct EncodeStore {
   const void* q_map = nullptr;
   const void* k_map = nullptr;
   const void* v_map = nullptr;
+  ptrdiff_t q_stride = 0;  // elements from a token's queries to the next one's
 };
 
 struct DecodeHeads {
@@ -184,6 +185,20 @@ struct Kernels {
 const Kernels* bf16_avx512();  // null when this CPU or compiler lacks the instructions
 const Kernels* f32_avx512();
 const Kernels* f32_generic();
+
+// Work that a stream of a GPU calls for when its turn comes (cuLaunchHostFunc), by an address made here.
+struct Job {
+  enum class Kind { kEncode, kDecode, kCopy };
+  Kind kind = Kind::kCopy;
+  const Kernels* kernels = nullptr;
+  EncodeStore encode;
+  DecodeHeads decode;
+  void* to = nullptr;
+  const void* from = nullptr;  // null: zeros are written
+  size_t nbytes = 0;
+  bool once = true;  // else a graph repeats it, and it is never freed
+};
+void run_job(void* job);  // noexcept in effect: it allocates nothing that the first run did not
 
 // Indices are checked before a kernel follows them; each throws std::out_of_range with value and range.
 void check(const RopeStore&);
