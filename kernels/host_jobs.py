@@ -45,7 +45,8 @@ def encode(
     launch(OPS[goes.dtype].encode_job(
         came.data_ptr(), goes.data_ptr(), cos_sin.data_ptr(), positions.data_ptr(), tables.data_ptr(), own.data_ptr(),
         *(each.data_ptr() for each in maps), one.dim() == 4, one.shape[0], one.stride(0), came.shape[0], heads, groups,
-        dim, cos_sin.shape[0], came.dtype is torch.float32 is not goes.dtype, not recording(device)), device)  # fmt: skip
+        dim, cos_sin.shape[0], came.dtype is torch.float32 is not goes.dtype, not recording(device)),
+        device)  # fmt: skip
 
 
 def decode(crossing: Crossing, out_map: torch.Tensor, heads: int, device: torch.device) -> None:

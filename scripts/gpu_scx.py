@@ -82,19 +82,24 @@ class Session:
 
 
 def kernels(session: Session) -> None:
-    """Both kernels, both kinds of maps, several head shapes."""
+    """Every kernel, both kinds of maps, several head shapes."""
     from scripts.gpu_checks import HEADS, Bench
-    from scripts.gpu_scx_kernels import KINDS, check_heads
+    from scripts.gpu_scx_kernels import KINDS, check_heads, check_shuffle
+
+    def judge(name: str, dtype: torch.dtype, found: Callable[[Bench], Any]) -> None:
+        def check() -> tuple[bool, str]:
+            results = list(found(Bench(session.device, dtype)))
+            over = [f"{name}: {error:.3g}" for name, error, bound in results if not error <= bound]
+            return not over, "; ".join(over[:2]) or f"{max(error for _, error, _ in results):.2g}"
+
+        session.judge("kernels", f"{name} {str(dtype)[6:]}", check)
 
     for dtype in (torch.bfloat16, torch.float32):
         for kind in KINDS:
             for heads in HEADS if dtype is torch.bfloat16 else HEADS[:2]:
-                def check(heads: Any = heads, kind: str = kind, dtype: torch.dtype = dtype) -> tuple[bool, str]:
-                    results = list(check_heads(Bench(session.device, dtype), kind, *heads))
-                    over = [f"{name}: {error:.3g}" for name, error, bound in results if not error <= bound]
-                    return not over, "; ".join(over[:2]) or f"{max(error for _, error, _ in results):.2g}"
-
-                session.judge("kernels", f"{kind} {heads} {str(dtype)[6:]}", check)
+                judge(f"{kind} {heads}", dtype, lambda bench, k=kind, h=heads: check_heads(bench, k, *h))  # type: ignore[misc]
+        for size in (16, 100):
+            judge(f"blocks of {size}", dtype, lambda bench, size=size: check_shuffle(bench, size))  # type: ignore[misc]
 
 
 def secure_devices(device: str) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ import torch
 
 from engine.runner.batch import Batch
 from engine.scx.schemes import Maps, row_bytes
-from engine.scx.secure import LocalSecureSide, SealOrder, Session, Step, clear
+from engine.scx.secure import LocalSecureSide, SealOrder, Session, Step, clear, one_layer
 
 STAGING_BYTES = 64 << 20  # of host memory for what is on its way, where that is enough for two sessions
 MOST_STAGED = 64
@@ -24,7 +24,9 @@ class Staging:
     """Host memory through which a session's numbers travel. What was sent is cleared as soon as somebody looks and the
     device is through with it. compute: the device that uses it, of whose stream pinned memory is read."""
 
-    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, compute: torch.device, *, pinned: bool = True) -> None:
+    def __init__(
+        self, shape: tuple[int, ...], dtype: torch.dtype, compute: torch.device, *, pinned: bool = True
+    ) -> None:
         self._on_gpu = compute.type == "cuda"
         self._pinned = pinned and self._on_gpu
         each = int(np.prod(shape)) * dtype.itemsize
@@ -73,6 +75,7 @@ class InStreamSide(LocalSecureSide):
     read where the batch has them; what is counted, and refused, is counted on the host."""
 
     in_stream = True
+    _staging: Staging
 
     def _wipe(self, slot: int, session: Session) -> None:
         """See LocalSecureSide. Behind whatever still runs with these maps."""
@@ -130,11 +133,22 @@ class InStreamSide(LocalSecureSide):
 
     def seal(self, layer: int, batch: Batch) -> SealOrder | None:
         """See SecureSide."""
-        found = self._orders(layer, batch)
-        if found is None or self.compute.type == "cpu":
-            return found
-        sent = (made.pin_memory().to(self.compute, non_blocking=True) for made in found)
-        return SealOrder(*sent)
+        full = self._sent(self._orders((layer,), batch))
+        return None if full is None else one_layer(full)
+
+    def seal_all(self, batch: Batch) -> SealOrder | None:
+        """See SecureSide."""
+        return self._sent(self._orders(self.config.layers, batch))
+
+    def _sent(self, full: SealOrder | None) -> SealOrder | None:
+        """On the compute device: one copy, which nobody waits for."""
+        if full is None:
+            return None
+        together = torch.cat([made.flatten().to(torch.int32) for made in full])
+        if self.compute.type == "cuda":
+            together = together.pin_memory().to(self.compute, non_blocking=True)
+        slots, firsts, order = together.split([made.numel() for made in full])
+        return SealOrder(slots, firsts, order.view(full.order.shape))
 
 
 class DeviceSecureSide(InStreamSide):

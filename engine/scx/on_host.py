@@ -1,10 +1,10 @@
-"""The secure side on the CPU of a GPU's machine, in the GPU's stream: down, mapped in C++, up again, waiting for nobody.
+"""The secure side on the CPU of a GPU's machine, in the GPU's stream: down, mapped in C++, up again; nobody waits.
 
 An encode is one copy of all rows' projections into pinned memory, a job of the CPU that the stream calls when it comes
-to it (kernels/host_jobs.py), one copy back, and a store into the slabs; a decode is the same without the store. All of it
-may stand in a CUDA graph, and the thread that launches steps is never held up. A session's maps are written, and cleared,
-by such jobs too: behind the steps that still run with what was there. It is no isolation: keys and maps are in this
-process.
+to it (kernels/host_jobs.py), one copy back, and a store into the slabs; a decode is the same without the store. All of
+it may stand in a CUDA graph, and the thread that launches steps is never held up. A session's maps are written, and
+cleared, by such jobs too: behind the steps that still run with what was there. It is no isolation: keys and maps are in
+this process.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ import torch
 from engine.runner.batch import Batch
 from engine.scx.config import ScxConfig
 from engine.scx.errors import LayerNotEncoded, OutOfOrder, ShapeMismatch, UnknownSession
-from engine.scx.keys import Label, Scope, Secret, SessionKeys, permutations
+from engine.scx.keys import Scope, Secret, SessionKeys, permutations
 from engine.scx.schemes import Maps, map_dtype, map_shape, named, schemes
 from tessera_kernels.head_maps import Rows, decode, encode, encode_store
 
@@ -33,8 +33,8 @@ class Encoded(NamedTuple):
 
 
 class SealOrder(NamedTuple):
-    """Blocks whose rows change places now: slots and first tokens (P,) int64; order (P, G, B) int64, where row j of the
-    block becomes what was row order[j]."""
+    """Blocks whose rows change places now: slots and first tokens (P,); order (P, G, B), where row j of the block
+    becomes what was row order[j]. int64, or int32 where a kernel reads it."""
 
     slots: torch.Tensor
     firsts: torch.Tensor
@@ -108,6 +108,10 @@ class SecureSide(ABC):
     @abstractmethod
     def seal(self, layer: int, batch: Batch) -> SealOrder | None:
         """The blocks that this step's rows made full, in the layer encoded last; between its encode and its decode."""
+
+    def seal_all(self, batch: Batch) -> SealOrder | None:
+        """Where in_stream: the same for all encoded layers, behind a step that was claimed: order is (L, P, G, B)."""
+        raise OutOfOrder("this secure side answers calls; nothing of it can be replayed")
 
     @abstractmethod
     def decode(self, layer: int, attended: torch.Tensor, batch: Batch) -> torch.Tensor:
@@ -324,24 +328,30 @@ class LocalSecureSide(SecureSide):
 
     def seal(self, layer: int, batch: Batch) -> SealOrder | None:
         """See SecureSide."""
-        full = self._orders(layer, batch)
-        return None if full is None else SealOrder(*(made.to(self.compute) for made in full))
+        full = self._orders((layer,), batch)
+        return None if full is None else SealOrder(*(made.to(self.compute) for made in one_layer(full)))
 
-    def _orders(self, layer: int, batch: Batch) -> SealOrder | None:
-        """What seal() tells, in host memory."""
-        _, step = self._awaited(layer, batch)
-        size = self.config.seal_tokens
+    def _orders(self, layers: Sequence[int], batch: Batch) -> SealOrder | None:
+        """What seal() tells, in host memory, for several layers: order is (L, P, G, B)."""
+        steps = [self._awaited(layer, batch)[1] for layer in layers]
+        size, step = self.config.seal_tokens, steps[0]
         full = zip(step.slots.tolist(), (step.starts // size).tolist(), (step.ends // size).tolist(), strict=True)
-        blocks = [(slot, block) for slot, first, last in full for block in range(first, last)]
-        if not blocks:
+        ranges = [(slot, range(first, last)) for slot, first, last in full if first < last]
+        if not ranges:
             return None
-        heads, orders = range(self.shape.kv_heads), []
-        for slot in dict.fromkeys(slot for slot, _ in blocks):
-            labels = [Label(layer, head, block) for owner, block in blocks if owner == slot for head in heads]
-            orders.append(permutations(self._sessions[slot].keys, "row", labels, size))  # told to the compute device
-        order = torch.from_numpy(np.concatenate(orders)).view(len(blocks), len(heads), size)
-        slots, firsts = torch.tensor([[slot, block * size] for slot, block in blocks]).unbind(1)
-        return SealOrder(slots, firsts, order.long())
+        orders = []
+        for slot, blocks in ranges:
+            grid = np.stack(np.meshgrid(layers, blocks, range(self.shape.kv_heads), indexing="ij"), axis=-1)
+            labels = grid[..., [0, 2, 1]].reshape(-1, 3).astype(np.uint32)  # layer, head, block
+            drawn = permutations(self._sessions[slot].keys, "row", labels, size)  # told to the compute device
+            orders.append(drawn.reshape(len(layers), len(blocks), -1, size))
+        slots, firsts = torch.tensor([[slot, b * size] for slot, blocks in ranges for b in blocks]).unbind(1)
+        return SealOrder(slots, firsts, torch.from_numpy(np.concatenate(orders, axis=1)).long())
+
+
+def one_layer(full: SealOrder) -> SealOrder:
+    """Orders of several layers that are of one, as seal() tells them."""
+    return full._replace(order=full.order[0])
 
 
 def indexed(device: torch.device) -> torch.device:

@@ -31,7 +31,8 @@ from engine.scx.on_host import HostSecureSide
 from engine.scx.schemes import maps_of
 from engine.scx.secure import HeadShape
 from engine.scx.sessions import Sessions
-from scripts.gpu_checks import relative
+from scripts.gpu_checks import Bench, relative
+from scripts.gpu_scx_kernels import check_shuffle
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 if not (torch.cuda.is_available() or INTERPRETED):
@@ -147,6 +148,13 @@ def test_encoded_layers_equal_plain_ones(scheme: str, seal: int, where: type[InS
     tokens = sum(count for chunks in STEPS for _, _, count in chunks)
     assert (side.traffic.bytes_in, side.traffic.bytes_out) == (tokens * LAYERS * row,) * 2
     assert side.traffic.calls == 2 * LAYERS * len(STEPS)
+
+
+@pytest.mark.parametrize("size", [3, 16, 300])
+def test_blocks_are_shuffled_in_place(size: int) -> None:
+    """As PyTorch does it."""
+    for name, wrong, bound in check_shuffle(Bench(str(DEVICE), torch.float32), size):
+        assert wrong <= bound, name
 
 
 def test_a_replayed_step_is_claimed_once() -> None:
