@@ -375,6 +375,7 @@ def build_engine(
         chunk_tokens=None if resolved.dynamic_chunking else resolved.chunk_tokens,
         schedule=chunk_schedule(resolved),
         pace=pace,
+        prompt_order=resolved.prompt_order,
     )
     scheduler = Scheduler(
         policy,

@@ -75,6 +75,10 @@ def rehearsal(slot: int, tokens: int, sequences: int) -> Iterator[list[Row]]:
         if 2 * prompts < tokens:
             yield [*(Row(slot, 0, [0, 0], True) for _ in range(prompts)), Row(slot, 1, [0], True)]
     yield [Row(slot, 0, [0, 0], True), *(Row(slot, 1, [0], True) for _ in range(sequences - 1))]
+    for count in (min(128, tokens // 4), min(512, tokens // 4)):  # short and long chunks of a long prompt, one and two
+        if count > 1:
+            yield [Row(slot, tokens - count, [0] * count, True)]
+            yield [Row(slot, tokens - count, [0] * count, True)] * 2
 
 
 def rehearse(runner: Runner, slot: int, tokens: int, sequences: int) -> None:

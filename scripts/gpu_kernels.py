@@ -381,7 +381,7 @@ def section_gemm(s: Session) -> None:
         del weights
 
 
-LIBRARY_ROWS = sorted({m for m in (*graph_sizes(512), *piece_sizes(2048)) if m >= 16})
+LIBRARY_ROWS = [m for m in sorted({*graph_sizes(512), *piece_sizes(4096), 8192}) if m >= 16]
 
 
 def section_library(s: Session) -> None:

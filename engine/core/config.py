@@ -146,12 +146,16 @@ class EngineConfig:
         "request", choices=("request", "step"), group="scheduler",
         help="dynamic chunking: request = each prompt fills the step up to its own size (as published); "
              "step = the smallest size of a step's prompts bounds the step")
+    prompt_order: str = knob(
+        "arrival", choices=("arrival", "shortest"), group="scheduler",
+        help="sarathi: which prompts get a step's tokens first: the oldest, or those with the fewest tokens left (a "
+             "prompt that waited counts as shorter, so none starves)")
     tbt_target_ms: float | None = knob(
         None, lo=0.1, hi=60000.0, group="scheduler", default_text="chunks of a fixed size",
         help="sarathi: chunks of at most --chunk-size, as large as steps with decodes last this long [ms]")
     tbt_bound_ms: float | None = knob(
         None, lo=0.1, hi=60000.0, group="scheduler", default_text="--tbt-target-ms",
-        help="how long such a step may last while many prompts wait [ms]")
+        help="how long such a step may last while many prompts keep waiting [ms]")
     attention_backend: str = knob(
         "auto", choices=BACKENDS, refused=REFUSED_BACKENDS, aliases=("model-attention-backend",), group="engine",
         help="who computes attention over the slots")
@@ -271,10 +275,12 @@ def _chunk_problems(config: EngineConfig) -> list[str]:
 
 
 def _pace_problems(config: EngineConfig) -> list[str]:
-    target, bound = config.tbt_target_ms, config.tbt_bound_ms
+    target, bound, problems = config.tbt_target_ms, config.tbt_bound_ms, []
+    if config.prompt_order != "arrival" and (config.scheduler != "sarathi" or config.dynamic_chunking):
+        problems.append(f"--prompt-order {config.prompt_order} needs --scheduler sarathi without a dynamic chunking "
+                        "schedule")
     if target is None:
-        return [] if bound is None else [f"--tbt-bound-ms {bound} needs --tbt-target-ms"]
-    problems = []
+        return problems if bound is None else [*problems, f"--tbt-bound-ms {bound} needs --tbt-target-ms"]
     if bound is not None and bound < target:
         problems.append(f"--tbt-bound-ms {bound} is below --tbt-target-ms {target}")
     if config.scheduler != "sarathi" or config.dynamic_chunking:

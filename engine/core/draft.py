@@ -84,6 +84,18 @@ class StepDraft:
             self.ignored.append(sequence)
         return None
 
+    def arrived(self) -> list[Sequence]:
+        """Everybody who waits and has arrived, in line; the over-long ones are taken out (ignored)."""
+        found = []
+        for sequence in [one for one in self.queues.waiting if one.arrival_s <= self.now_s]:
+            if self.over_long(sequence):
+                self.queues.waiting.remove(sequence)
+                sequence.status = Status.FINISHED
+                self.ignored.append(sequence)
+            else:
+                found.append(sequence)
+        return found
+
     def over_long(self, sequence: Sequence) -> bool:
         """Whether the head of the line is too long ever to start."""
         if sequence.epoch and not self.ledger.rule.ignore_restarted:

@@ -52,7 +52,7 @@ class SplitModel(Protocol):
 
 def piece_sizes(most: int) -> list[int]:
     """Numbers of tokens that are recorded: few enough to record at start, close enough to waste little."""
-    sizes = {16, 32, *range(64, 513, 64), *range(640, 2049, 128), *range(2560, 8193, 512), most}
+    sizes = {16, 32, *range(64, 1537, 64), *range(1664, 2049, 128), *range(2560, 8193, 512), most}
     return sorted(size for size in sizes if size <= most)
 
 

@@ -9,7 +9,11 @@ import pytest
 
 from engine.core.config import EngineConfig
 from engine.core.errors import ConfigError
+from engine.core.ledger import ADMISSION_RULES, KvLedger
+from engine.core.plan import StepResult
 from engine.core.policies import ChunkSchedule, Pace, make_policy
+from engine.core.request import Request, SamplingParams
+from engine.core.scheduler import Scheduler
 from scripts import simulate
 
 
@@ -23,11 +27,15 @@ def test_times_are_learnt_and_followed_when_they_change() -> None:
             pace.observe(tokens, (base + slope * tokens) * rng.uniform(0.97, 1.03))
         assert pace.predict() == (pytest.approx(base, rel=0.05), pytest.approx(slope, rel=0.05))
     # from the target to the bound as requests wait; ever a multiple of 32, and never none
-    calm, crowded = pace.chunk_tokens(0), pace.chunk_tokens(8)
+    calm = pace.chunk_tokens(0)
+    burst = pace.chunk_tokens(100_000)  # four seconds of prefill came at once: that alone changes little
+    for _ in range(300):
+        crowded = pace.chunk_tokens(100_000)
+    assert burst is not None and calm is not None and burst < 1.5 * calm
     assert calm is not None and crowded is not None and calm % 32 == crowded % 32 == 0
     assert calm == pytest.approx(0.010 / 4e-5, abs=48) and crowded == pytest.approx(0.030 / 4e-5, abs=96)
-    assert pace.chunk_tokens(800) == crowded
-    assert Pace(0.001, 0.001, list(pace._sums)).chunk_tokens(9) == 32
+    assert pace.chunk_tokens(10**9) == crowded
+    assert Pace(0.001, 0.001, _sums=list(pace._sums)).chunk_tokens(9) == 32
 
 
 def run(capsys: pytest.CaptureFixture[str], *flags: str) -> dict[str, float]:
@@ -68,3 +76,25 @@ def test_what_contradicts_a_pace_is_refused() -> None:
             make_policy(name, max_model_len=100, pace=Pace(0.01, 0.02))
     with pytest.raises(ConfigError, match="contradict"):
         make_policy("sarathi", max_model_len=100, pace=Pace(0.01, 0.02), schedule=ChunkSchedule(32, 64, 100, 2))
+
+
+def test_the_shortest_prompt_goes_first_and_none_starves() -> None:
+    """A short prompt overtakes a long one in progress; a long one that waited long enough is overtaken no more."""
+    def step(policy_order: str, waited_s: float) -> list[tuple[str, int]]:
+        ledger = KvLedger(4096, lambda tokens: -(-tokens // 16), ADMISSION_RULES["exact"])
+        policy = make_policy("sarathi", max_model_len=8192, chunk_tokens=512, prompt_order=policy_order)
+        scheduler = Scheduler(policy, ledger, max_num_seqs=8, max_model_len=8192)
+        names = {}
+        for name, tokens, arrival_s in (("long", 4000, 0.0), ("short", 300, waited_s)):
+            names[scheduler.add(Request(name, (1,) * tokens, SamplingParams(max_tokens=4), arrival_s))] = name
+        scheduler.plan(0.0)  # the long one begins alone
+        scheduler.commit(StepResult(0, (), (), ()))
+        return [(names[chunk.seq_id], chunk.length) for chunk in scheduler.plan(waited_s).chunks]
+
+    assert step("arrival", 0.01) == [("long", 512)]
+    assert step("shortest", 0.01) == [("long", 212), ("short", 300)]
+    assert step("shortest", 1.0) == [("long", 512)]  # 3,488 left, and 10,000 fewer for its second
+    with pytest.raises(ConfigError, match="takes prompts as they arrive"):
+        make_policy("vllm", max_model_len=64, prompt_order="shortest")
+    with pytest.raises(ConfigError, match="needs --scheduler sarathi"):
+        EngineConfig(prompt_order="shortest", scheduler="orca")

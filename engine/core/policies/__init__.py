@@ -23,13 +23,14 @@ class PolicyOptions:
 
     chunk_tokens: token budget of a step (sarathi, simple_chunking; None = 512) or of a batch of prompts (vllm;
     None = max_model_len). schedule: dynamic chunking instead of chunk_tokens; pace: chunks of at most chunk_tokens by
-    what steps take (sarathi only, both).
+    what steps take; prompt_order: "arrival" or "shortest" (sarathi only, all three).
     """
 
     max_model_len: int
     chunk_tokens: int | None = None
     schedule: ChunkSchedule | None = None
     pace: Pace | None = None
+    prompt_order: str = "arrival"
 
     def __post_init__(self) -> None:
         if self.max_model_len < 1:
@@ -38,7 +39,10 @@ class PolicyOptions:
             raise ConfigError(f"chunk_tokens={self.chunk_tokens} is below 1; use 512 or leave it out")
 
     def refuse(self, policy: str, *, chunk_tokens: bool = False) -> None:
-        """Raise ConfigError for what `policy` cannot honour: a schedule or a pace, and chunk_tokens where asked."""
+        """Raise ConfigError for what `policy` cannot honour: a schedule, a pace, an order of prompts, and chunk_tokens
+        where asked."""
+        if self.prompt_order != "arrival":
+            raise ConfigError(f"policy {policy} takes prompts as they arrive; use --scheduler sarathi")
         if self.pace is not None:
             raise ConfigError(f"policy {policy} does not adapt its chunks; use --scheduler sarathi")
         if self.schedule is not None:
@@ -76,9 +80,10 @@ def make_policy(
     chunk_tokens: int | None = None,
     schedule: ChunkSchedule | None = None,
     pace: Pace | None = None,
+    prompt_order: str = "arrival",
 ) -> Policy:
     """The policy of that name. Raises ConfigError for an unknown one or an option that it cannot honour."""
-    return policies[name](PolicyOptions(max_model_len, chunk_tokens, schedule, pace))
+    return policies[name](PolicyOptions(max_model_len, chunk_tokens, schedule, pace, prompt_order))
 
 
 __all__ = ["ChunkSchedule", "DEFAULT_CHUNK_TOKENS", "Pace", "Policy", "PolicyOptions", "make_policy", "policies"]

@@ -11,19 +11,21 @@ from dataclasses import dataclass, field
 from engine.core.errors import ConfigError
 
 STEP_TOKENS = 32  # chunks are multiples of this, and never less: a prompt always gets on
-CROWD = 8  # waiting requests at which the whole bound is used
+CALM_S, CROWDED_S = 0.10, 0.24  # seconds of prefill that wait: the target holds up to the one, the bound from the other
 FADE = 0.97  # weight of a step for each newer one
+BACKLOG_FADE = 0.98  # likewise, of what waited: a burst shall not make steps long, a crowd that stays shall
 
 
 @dataclass(slots=True)
 class Pace:
-    """target_s: what a step with decodes shall last while no prompt waits; bound_s: what it may last when many do.
+    """target_s: what a step with decodes shall last while few prompts wait; bound_s: what it may last when many do.
 
     Raises ConfigError naming value and range.
     """
 
     target_s: float
     bound_s: float
+    backlog_s: float = 0.0  # seconds of prefill that wait, averaged over steps
     _sums: list[float] = field(default_factory=lambda: [0.0] * 5)  # of 1, x, x * x, y, x * y; x tokens, y seconds
 
     def __post_init__(self) -> None:
@@ -47,12 +49,14 @@ class Pace:
             return max(0.0, (y - slope * x) / count), slope
         return (y / count, 0.0) if x == 0 else (0.0, y / x)
 
-    def chunk_tokens(self, waiting: int) -> int | None:
-        """Prompt tokens of a step that has decodes, while so many requests wait; None: nothing is known that would
-        limit them."""
+    def chunk_tokens(self, backlog_tokens: int) -> int | None:
+        """Prompt tokens of a step that has decodes, while so many are still to run; asked once a step. None: nothing is
+        known that would limit them."""
         base, slope = self.predict()
         if slope == 0.0:
             return None
-        limit_s = self.target_s + (self.bound_s - self.target_s) * min(1.0, waiting / CROWD)
+        self.backlog_s += (1 - BACKLOG_FADE) * (backlog_tokens * slope - self.backlog_s)
+        crowd = min(1.0, max(0.0, (self.backlog_s - CALM_S) / (CROWDED_S - CALM_S)))
+        limit_s = self.target_s + (self.bound_s - self.target_s) * crowd
         tokens = int((limit_s - base) / slope) // STEP_TOKENS * STEP_TOKENS
         return max(STEP_TOKENS, tokens)

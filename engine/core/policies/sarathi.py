@@ -8,7 +8,11 @@ from __future__ import annotations
 from engine.core.draft import StepDraft
 from engine.core.errors import ConfigError
 from engine.core.policies import DEFAULT_CHUNK_TOKENS, PolicyOptions, policies
+from engine.core.policies._pace import STEP_TOKENS
 from engine.core.sequence import Sequence
+
+AGED_TOKENS_S = 10_000  # tokens by which a prompt counts as shorter for each second it waited
+GRAIN_TOKENS = 64  # what a GPU's products and graphs round a step up to
 
 
 @policies.register("sarathi")
@@ -21,8 +25,11 @@ class Sarathi:
     def __init__(self, options: PolicyOptions) -> None:
         self.prompt_limit = options.max_model_len
         self.schedule, self.pace = options.schedule, options.pace
+        self.shortest_first = options.prompt_order == "shortest"
         if self.pace is not None and self.schedule is not None:
             raise ConfigError("a chunk schedule and a pace contradict each other; give one")
+        if self.shortest_first and self.schedule is not None:
+            raise ConfigError("a chunk schedule takes prompts as they arrive; leave the schedule or the order out")
         self.chunk_tokens = options.chunk_tokens or DEFAULT_CHUNK_TOKENS
         if self.schedule is not None:
             self.chunk_tokens = self.schedule.high_tokens
@@ -32,10 +39,13 @@ class Sarathi:
         """Decodes, then prompts in progress, then as many new prompts as budget, slots and memory take."""
         draft.budget_tokens = self.chunk_tokens
         draft.sort_running()
+        partial = draft.decode()
+        reach = self._reach(draft, partial)
+        if self.shortest_first:
+            self._fill_shortest(draft, partial, reach)
+            return
         starved = False
         bound = self.chunk_tokens
-        partial = draft.decode()
-        reach = self._reach(draft)
         for sequence in partial:
             size = self._size(sequence, reach)
             bound = min(bound, size) if self._per_step else size
@@ -49,12 +59,44 @@ class Sarathi:
             if not draft.admit(waiting, min(waiting.left, bound - draft.num_tokens)):
                 return
 
-    def _reach(self, draft: StepDraft) -> int:
+    def _fill_shortest(self, draft: StepDraft, partial: list[Sequence], reach: int) -> None:
+        """The step's tokens go to the prompts with the fewest left, new or in progress; who waited counts as less."""
+        def place(sequence: Sequence) -> tuple[int, float]:
+            waited_s = draft.now_s - sequence.arrival_s
+            return sequence.request.priority, sequence.left - AGED_TOKENS_S * waited_s
+
+        shares: dict[int, int] = {}
+        room = reach - draft.num_tokens
+        prompts = sorted([*partial, *draft.arrived()], key=place)
+        for sequence in prompts:
+            if room <= 0:
+                break
+            shares[sequence.seq_id] = share = min(sequence.left, room)
+            room -= share
+        started = {sequence.seq_id for sequence in partial}
+        for sequence in partial:
+            share = shares.get(sequence.seq_id, 0)
+            if share:
+                draft.prefill(sequence, share)
+            else:
+                draft.keep(sequence)
+        for sequence in prompts:
+            share = 0 if sequence.seq_id in started else shares.get(sequence.seq_id, 0)
+            if share and not draft.admit(sequence, share):
+                return
+
+    def _reach(self, draft: StepDraft, partial: list[Sequence]) -> int:
         """Tokens of this step at most, its decodes being in. Without decodes nobody waits for it to be short."""
-        if self.pace is None or not draft.num_tokens:
+        decodes = draft.num_tokens
+        if self.pace is None or not decodes:
             return self.chunk_tokens
-        chunk = self.pace.chunk_tokens(len(draft.queues.waiting))
-        return self.chunk_tokens if chunk is None else min(self.chunk_tokens, draft.num_tokens + chunk)
+        backlog = sum(s.left for s in partial) + sum(s.left for s in draft.queues.waiting)
+        chunk = self.pace.chunk_tokens(backlog)
+        if chunk is None:
+            return self.chunk_tokens
+        # whole grains: a step of a few tokens more would take as long as one of the next grain
+        total = (decodes + chunk) // GRAIN_TOKENS * GRAIN_TOKENS
+        return min(self.chunk_tokens, max(decodes + STEP_TOKENS, total))
 
     def _size(self, sequence: Sequence, reach: int) -> int:
         """Tokens that a step may reach while it runs this prompt."""
