@@ -112,10 +112,11 @@ def prepare_gpu(
     with torch.inference_mode():
         step = pack([Row(slot, 0, [0] * tokens, True)]).to(runner.device)
         runner.model(store.place(step))
-        if not config.enforce_eager:
-            with contextlib.nullcontext() if runner.scx is None else runner.scx.recording():
+        with contextlib.nullcontext() if runner.scx is None else runner.scx.recording():
+            if not config.enforce_eager:
                 record_graphs(runner, spec, config, tokens, progress)
-        rehearse(runner, slot, tokens, config.max_num_seqs)
+            if runner.scx is None or runner.scx.scx.secure.in_stream:  # others answer for a slot once a step
+                rehearse(runner, slot, tokens, config.max_num_seqs)
     torch.cuda.synchronize()
     if runner.scx is not None:
         runner.scx.scx.secure.close(slot)

@@ -97,6 +97,7 @@ class Ops:
         v_map: int,
         matrices: bool,
         rows: int,
+        map_stride: int,
         tokens: int,
         heads: int,
         kv_heads: int,
@@ -114,10 +115,64 @@ class Ops:
         out_map: int,
         matrices: bool,
         rows: int,
+        map_stride: int,
         tokens: int,
         heads: int,
         kv_heads: int,
         head_dim: int,
+        /,
+    ) -> None: ...
+    def encode_job(
+        self,
+        qkv: int,
+        out: int,
+        cos_sin: int,
+        positions: int,
+        tables: int,
+        own: int,
+        q_map: int,
+        k_map: int,
+        v_map: int,
+        matrices: bool,
+        rows: int,
+        map_stride: int,
+        tokens: int,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        angles: int,
+        wide: bool,
+        once: bool,
+        /,
+    ) -> int: ...
+    def decode_job(
+        self,
+        x: int,
+        out: int,
+        tables: int,
+        out_map: int,
+        matrices: bool,
+        rows: int,
+        map_stride: int,
+        tokens: int,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        once: bool,
+        /,
+    ) -> int: ...
+    def draws(
+        self,
+        key: int,
+        info: int,
+        info_bytes: int,
+        place_at: int,
+        labels: int,
+        rows: int,
+        count: int,
+        orders: int,
+        inverses: int,
+        words: int,
         /,
     ) -> None: ...
     def attention(
@@ -160,3 +215,6 @@ def embed(
     table: int, ids: int, out: int, rows: int, row_bytes: int, wide_ids: bool, vocab: int, /
 ) -> None: ...
 def argmax(logits: int, stride: int, out: int, rows: int, width: int, /) -> None: ...
+def copy_job(to: int, source: int, nbytes: int, /) -> int: ...
+def job_function() -> int: ...
+def run_job(job: int, /) -> None: ...

@@ -59,7 +59,8 @@ def encode_store(
             "out is %s %s; want (%d, %d, %d) contiguous", tuple(q.shape), q.dtype, tokens, heads, dim)  # fmt: skip
     ops.encode_store(qkv.data_ptr(), cos_sin.data_ptr(), *(column.data_ptr() for column in rows), q.data_ptr(),
                      kv_view(k_view, v_view, k_view.dtype), *(one.data_ptr() for one in maps), maps[0].dim() == 4,
-                     maps[0].shape[0], tokens, heads, groups, dim, interleaved, cos_sin.shape[0], wide)  # fmt: skip
+                     maps[0].shape[0], maps[0].stride(0), tokens, heads, groups, dim, interleaved, cos_sin.shape[0],
+                     wide)  # fmt: skip
     return q
 
 
@@ -99,17 +100,20 @@ def decode(attended: torch.Tensor, tables: torch.Tensor, out_map: torch.Tensor, 
     _require_map(out_map, out_map, heads, groups, dim)
     out = torch.empty_like(attended)
     ops.decode_heads(attended.data_ptr(), out.data_ptr(), tables.data_ptr(), out_map.data_ptr(), out_map.dim() == 4,
-                     out_map.shape[0], tokens, heads, groups, dim)  # fmt: skip
+                     out_map.shape[0], out_map.stride(0), tokens, heads, groups, dim)  # fmt: skip
     return out
 
 
 def _require_map(one: torch.Tensor, like: torch.Tensor, heads: int, groups: int, dim: int) -> None:
-    """`one` is (T, G, D) int16 or (T, G, D, D) float32, contiguous, and as large as `like`."""
+    """`one` is (T, G, D) int16 or (T, G, D, D) float32, contiguous behind T, of the shape and strides of `like`."""
     wanted = torch.int16 if one.dim() == 3 else torch.float32
     fits = one.shape == like.shape and tuple(one.shape[1:]) in ((groups, dim), (groups, dim, dim))
-    require(fits and one.dtype is wanted and one.is_contiguous() and heads % groups == 0,
-            "a map is %s %s for %d heads; want (T, %d, %d) torch.int16 or (T, %d, %d, %d) torch.float32 contiguous",
-            tuple(one.shape), one.dtype, heads, groups, dim, groups, dim, dim)  # fmt: skip
+    strides = (dim, 1) if one.dim() == 3 else (dim * dim, dim, 1)
+    fits = fits and one.stride()[1:] == strides and one.stride() == like.stride()
+    require(fits and one.dtype is wanted and heads % groups == 0,
+            "a map is %s %s with strides %s for %d heads; want (T, %d, %d) torch.int16 or (T, %d, %d, %d) "
+            "torch.float32, contiguous behind T",
+            tuple(one.shape), one.dtype, one.stride(), heads, groups, dim, groups, dim, dim)  # fmt: skip
 
 
 def encode_reference(

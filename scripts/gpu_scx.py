@@ -1,10 +1,12 @@
 """Encoded layers on a GPU, right and at what cost: `python -m scripts.gpu_scx [--parts ...] [--budget-s N] [--json F]`.
 
 Parts, in order: kernels (against float64), layers (scripts.scx_exactness on this device), engine (greedy tokens of a
-tiny model judged in float32 as in scripts.gpu_correctness, by scheme, secure device, graphs, seal and segments), cuda
-and cpu (that secure device: decodes at batch 64 and a chat workload on random weights of a real shape, plain and
-encoded runs in turns, with bytes and round trips beside the formula of docs/scx.md). The JSON is written after each
-line, so a cut-off loses nothing; status 1 if anything was wrong.
+tiny model judged in float32 as in scripts.gpu_correctness, by scheme, secure device, graphs, seal and segments);
+admission (what opening and closing a session takes, every layer of the shape encoded); cost (decodes at batch 64 and a
+chat workload on random weights of a real shape, one plain engine and in turns with it encoded ones: layers 0 and last
+and all on this GPU, 0 and last with the secure device cpu, which runs decodes only; bytes and round trips beside the
+formula of docs/scx.md). The JSON is written after each line, so a cut-off loses nothing; status 1 if anything was
+wrong.
 """
 
 from __future__ import annotations
@@ -28,17 +30,23 @@ from engine.core.config import EngineConfig
 from engine.core.errors import ConfigError, TesseraError
 from engine.core.loop import EngineLoop
 from engine.loading.spec import ModelSpec
+from engine.scx.config import ScxConfig
+from engine.scx.keys import fresh_root
+from engine.scx.open import side_of
 from engine.scx.schemes import row_bytes
+from engine.scx.secure import HeadShape, LocalSecureSide
 from scripts import gpu_correctness as correctness
 from scripts import scx_exactness
 from scripts.benching import drive
 from scripts.benching.shapes import SHAPES, write_folder
 from scripts.benching.workloads import Workload, equal, find
 
-PARTS = ("kernels", "layers", "engine", "cuda", "cpu")
+CHECKS = ("kernels", "layers", "engine")
+PARTS = (*CHECKS, "admission", "cost")
 SCHEMES = ("perm", "rotate", "mix", "perm-static")
-BATCH, CONTEXT, DECODES = 64, 512, 160
+BATCH, CONTEXT, DECODES = 64, 512, 140
 SETTLED = 20  # decode steps at either end that do not count
+OPENED = 20  # sessions of the admission part
 
 
 @dataclass
@@ -82,19 +90,24 @@ class Session:
 
 
 def kernels(session: Session) -> None:
-    """Both kernels, both kinds of maps, several head shapes."""
+    """Every kernel, both kinds of maps, several head shapes."""
     from scripts.gpu_checks import HEADS, Bench
-    from scripts.gpu_scx_kernels import KINDS, check_heads
+    from scripts.gpu_scx_kernels import KINDS, check_heads, check_shuffle
+
+    def judge(name: str, dtype: torch.dtype, found: Callable[[Bench], Any]) -> None:
+        def check() -> tuple[bool, str]:
+            results = list(found(Bench(session.device, dtype)))
+            over = [f"{name}: {error:.3g}" for name, error, bound in results if not error <= bound]
+            return not over, "; ".join(over[:2]) or f"{max(error for _, error, _ in results):.2g}"
+
+        session.judge("kernels", f"{name} {str(dtype)[6:]}", check)
 
     for dtype in (torch.bfloat16, torch.float32):
         for kind in KINDS:
             for heads in HEADS if dtype is torch.bfloat16 else HEADS[:2]:
-                def check(heads: Any = heads, kind: str = kind, dtype: torch.dtype = dtype) -> tuple[bool, str]:
-                    results = list(check_heads(Bench(session.device, dtype), kind, *heads))
-                    over = [f"{name}: {error:.3g}" for name, error, bound in results if not error <= bound]
-                    return not over, "; ".join(over[:2]) or f"{max(error for _, error, _ in results):.2g}"
-
-                session.judge("kernels", f"{kind} {heads} {str(dtype)[6:]}", check)
+                judge(f"{kind} {heads}", dtype, lambda bench, k=kind, h=heads: check_heads(bench, k, *h))  # type: ignore[misc]
+        for size in (16, 100):
+            judge(f"blocks of {size}", dtype, lambda bench, size=size: check_shuffle(bench, size))  # type: ignore[misc]
 
 
 def secure_devices(device: str) -> tuple[str, ...]:
@@ -122,23 +135,22 @@ def layers(session: Session) -> None:
 
 
 def engine_cases(device: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Settings of the whole engine: schemes x secure devices x graphs, then seal, segments, few layers, layouts."""
+    """Settings of the whole engine: schemes with graphs, two without, seal, layouts; some on one secure device only."""
     base = {"attention_backend": "triton_vattn" if device == "cuda" else "torch_vattn", "scx_layers": "all"}
-    for secure in secure_devices(device):
-        for scheme in SCHEMES:
-            for eager in (False, True) if device == "cuda" else (True,):
-                how = "eager" if eager else "graphs"
-                yield f"{secure} {scheme} {how}", {**base, "scx_secure_device": secure, "scx_scheme": scheme,
-                                                   "enforce_eager": eager}  # fmt: skip
-        more: list[tuple[str, dict[str, Any]]] = [
-            ("perm sealed", {"scx_page_seal": True, "scx_seal_tokens": 16}),
-            ("mix sealed", {"scx_scheme": "mix", "scx_page_seal": True, "scx_seal_tokens": 8}),
-            ("perm segments", {"scx_segment_tokens": 64}),
-            ("rotate, layers 0 and 3", {"scx_scheme": "rotate", "scx_layers": "0,3"}),
-            ("perm per_layer chunks of 33", {"kv_layout": "per_layer", "chunk_tokens": 33}),
-            ("mix one at a time", {"scx_scheme": "mix", "max_num_seqs": 1}),
-        ]
-        for name, settings in more:
+    more: list[tuple[str, dict[str, Any]]] = [
+        ("mix sealed", {"scx_scheme": "mix", "scx_page_seal": True, "scx_seal_tokens": 8}),
+        ("perm per_layer chunks of 33", {"kv_layout": "per_layer", "chunk_tokens": 33}),
+        ("mix one at a time", {"scx_scheme": "mix", "max_num_seqs": 1}),
+    ]
+    once: list[tuple[str, dict[str, Any]]] = [
+        ("perm sealed", {"scx_page_seal": True, "scx_seal_tokens": 16}),
+        ("perm segments", {"scx_segment_tokens": 64}),
+        ("rotate, layers 0 and 3", {"scx_scheme": "rotate", "scx_layers": "0,3"}),
+    ]
+    for i, secure in enumerate(secure_devices(device)):
+        cases = [(f"{scheme} graphs", {"scx_scheme": scheme, "enforce_eager": device != "cuda"}) for scheme in SCHEMES]
+        cases += [(f"{scheme} eager", {"scx_scheme": scheme, "enforce_eager": True}) for scheme in ("perm", "mix")]
+        for name, settings in [*cases, *more, *(once if i == 0 else ())]:
             yield f"{secure} {name}", {**base, "scx_secure_device": secure, **settings}
 
 
@@ -173,22 +185,24 @@ class Measured:
     traffic: dict[str, float] = field(default_factory=dict)
 
     def run(self, chat: Workload | None, decodes: Workload) -> None:
-        """One run of each workload."""
-        done = drive.run(self.loop, decodes, self.vocab, label="decode")
+        """One run of each workload; what crossed is the last one's."""
+        done = self._counted(decodes, "decode")
         steps = sorted(done.step_s[-DECODES + SETTLED : -SETTLED])
         self.decode_ms.append(1e3 * statistics.median(steps))
-        if chat is None:
-            return
+        if chat is not None:
+            self.chat_tok_s.append(chat.output_tokens / self._counted(chat, "chat").seconds)
+
+    def _counted(self, workload: Workload, label: str) -> Any:
         secure = self._secure()
         before = (secure.traffic.calls, secure.traffic.bytes_in + secure.traffic.bytes_out) if secure else (0, 0)
-        done = drive.run(self.loop, chat, self.vocab, label="chat")
-        self.chat_tok_s.append(chat.output_tokens / done.seconds)
+        done = drive.run(self.loop, workload, self.vocab, label=label)
         if secure:
-            layers, rows = len(secure.config.layers), chat.prompt_tokens + chat.output_tokens
+            layers, rows = len(secure.config.layers), workload.prompt_tokens + workload.output_tokens
             calls, crossed = secure.traffic.calls - before[0], secure.traffic.bytes_in + secure.traffic.bytes_out
             self.traffic = {"bytes_per_token_layer": (crossed - before[1]) / rows / layers,
                             "round_trips_per_step_layer": calls / done.steps / layers,
                             "round_trips_per_token": calls / rows, "steps": done.steps}  # fmt: skip
+        return done
 
     def _secure(self) -> Any:
         sessions = cast(Any, self.loop.executor).runner.scx
@@ -206,31 +220,61 @@ def opened(name: str, folder: Path, device: str, settings: dict[str, Any]) -> tu
     return Measured(name, loop, spec.vocab, perf_counter() - began), spec
 
 
-def cost(session: Session, part: str, asked: argparse.Namespace) -> None:
-    """A plain engine beside encoded ones, in turns. part: the secure device."""
-    secure = {"cuda": "cuda:0"}.get(part, part)
+def admission(session: Session, asked: argparse.Namespace) -> None:
+    """What the step that admits a request waits for: the host's time to open a session, and to close it."""
+    shape = SHAPES[asked.shape]
+    layers, heads = shape["num_hidden_layers"], shape["num_attention_heads"]
+    dim, device = shape.get("head_dim") or shape["hidden_size"] // heads, torch.device(session.device)
+    head_shape = HeadShape(heads, shape["num_key_value_heads"], dim, 2, 16)
+    for secure in secure_devices(session.device):
+        for scheme in ("perm", "rotate", "mix"):
+            config = ScxConfig(tuple(range(layers)), secure, scheme)
+            make = side_of(config, device, torch.bfloat16) if device.type == "cuda" else LocalSecureSide
+            side = make(config, head_shape, torch.zeros(16, 2, dim // 2), fresh_root(), b"", device, torch.bfloat16)
+            taken: dict[str, list[float]] = {"open_ms": [], "whole_ms": [], "close_ms": []}
+            for number in range(OPENED):
+                began = perf_counter()
+                side.open(0, number.to_bytes(16, "big"))
+                taken["open_ms"].append(1e3 * (perf_counter() - began))
+                if device.type == "cuda":
+                    torch.cuda.synchronize()
+                taken["whole_ms"].append(1e3 * (perf_counter() - began))
+                began = perf_counter()
+                side.close(0)
+                taken["close_ms"].append(1e3 * (perf_counter() - began))
+            side.shut()
+            line = {name: statistics.median(times) for name, times in taken.items()}
+            session.keep("admission", {"secure_device": secure, "scheme": scheme, "layers": layers, **line})
+            print(f"admission {secure:6} {scheme:7} {layers} layers: open {line['open_ms']:.2f} ms on the host, "
+                  f"{line['whole_ms']:.2f} until the maps are there, close {line['close_ms']:.2f}", flush=True)
+
+
+def cost(session: Session, asked: argparse.Namespace) -> None:
+    """A plain engine beside encoded ones, in turns."""
     with tempfile.TemporaryDirectory(prefix="tessera-scx-") as scratch:
         folder = write_folder(asked.shape, Path(scratch, asked.shape))
         common = {"max_num_seqs": asked.max_num_seqs, "kv_pool_bytes": asked.pool_gib << 30}
-        count = SHAPES[asked.shape]["num_hidden_layers"]
+        outer = f"0,{SHAPES[asked.shape]['num_hidden_layers'] - 1}"
         decodes = equal(asked.batch, asked.context, DECODES)
         chat = find("offline_chat", requests=asked.requests)
-        plain, spec = opened("plain", folder, session.device, common)
-        print(f"{part}: plain engine ready after {plain.ready_s:.0f} s", flush=True)
-        for layers in ("0", f"0,{count - 1}", "all"):
+        plain, _ = opened("plain", folder, session.device, common)
+        print(f"cost: plain engine ready after {plain.ready_s:.0f} s", flush=True)
+        own = "cuda:0" if session.device == "cuda" else "cpu"
+        cases = [(own, outer, True), (own, "all", True)] + ([("cpu", outer, False)] if own != "cpu" else [])
+        for secure, layers, chats in cases:
+            head = {"scheme": asked.scheme, "secure_device": secure, "layers": layers}
             if session.spent():
-                session.keep(part, {"layers": layers, "verdict": "not run"})
+                session.keep("cost", {**head, "verdict": "not run"})
                 continue
             try:
-                encoded, _ = opened(layers, folder, session.device,
-                                    {**common, "scx_layers": layers, "scx_secure_device": secure,
-                                     "scx_scheme": asked.scheme})  # fmt: skip
-                first = len(plain.decode_ms)
+                settings = {"scx_layers": layers, "scx_secure_device": secure, "scx_scheme": asked.scheme}
+                encoded, spec = opened(layers, folder, session.device, {**common, **settings})
+                first = {name: len(getattr(plain, name)) for name in ("decode_ms", "chat_tok_s")}
                 for round_ in range(asked.rounds):
                     if round_ and session.spent():
                         break
                     for one in (plain, encoded) if round_ % 2 == 0 else (encoded, plain):
-                        one.run(None if asked.no_chat else chat, decodes)
+                        one.run(chat if chats and not asked.no_chat else None, decodes)
                 line = compared(encoded, plain, first)
                 line["formula_bytes_per_token_layer"] = sum(
                     row_bytes(asked.scheme, spec.heads, spec.kv_heads, spec.head_dim, 2))  # fmt: skip
@@ -238,21 +282,21 @@ def cost(session: Session, part: str, asked: argparse.Namespace) -> None:
                 del encoded
             except (TesseraError, RuntimeError, ValueError, drive.NotProduced) as error:
                 session.wrong += 1
-                line = {"layers": layers, "verdict": f"{type(error).__name__}: {str(error)[:300]}"}
+                line = {"verdict": f"{type(error).__name__}: {str(error)[:300]}"}
             gc.collect()
             if session.device == "cuda":
                 torch.cuda.empty_cache()
-            session.keep(part, {"scheme": asked.scheme, "secure_device": secure, **line})
-            show(part, line)
+            session.keep("cost", {**head, **line})
+            show({**head, **line})
         plain.loop.close()
     gc.collect()
 
 
-def compared(encoded: Measured, plain: Measured, first: int) -> dict[str, Any]:
-    """A line of the table. first: where plain's runs of this comparison begin."""
-    line: dict[str, Any] = {"layers": encoded.name, "ready_s": encoded.ready_s}
-    for name, theirs, base in (("decode_ms", encoded.decode_ms, plain.decode_ms[first:]),
-                               ("chat_tok_s", encoded.chat_tok_s, plain.chat_tok_s[first:])):  # fmt: skip
+def compared(encoded: Measured, plain: Measured, first: dict[str, int]) -> dict[str, Any]:
+    """A line of the table. first: where plain's runs of this comparison begin, by list."""
+    line: dict[str, Any] = {"ready_s": encoded.ready_s}
+    for name in ("decode_ms", "chat_tok_s"):
+        theirs, base = getattr(encoded, name), getattr(plain, name)[first[name] :]
         if theirs and base:
             mine, other = statistics.median(theirs), statistics.median(base)
             # off: how much of the plain throughput is gone
@@ -261,12 +305,13 @@ def compared(encoded: Measured, plain: Measured, first: int) -> dict[str, Any]:
     return {**line, **encoded.traffic}
 
 
-def show(part: str, line: dict[str, Any]) -> None:
+def show(line: dict[str, Any]) -> None:
     """One line of the table."""
+    said = f"cost {line['secure_device']:6} layers {line['layers']:5}"
     if "verdict" in line:
-        print(f"{part:5} layers {line['layers']:6} {line['verdict']}", flush=True)
+        print(said, line["verdict"], flush=True)
         return
-    said = f"{part:5} layers {line['layers']:6}"
+    said += f" ready {line['ready_s']:.0f} s"
     for name, unit in (("decode_ms", "ms a step"), ("chat_tok_s", "tok/s chat")):
         if name in line:
             mine, other = statistics.median(line[name]), statistics.median(line[f"plain_{name}"])
@@ -286,8 +331,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--budget-s", type=float, default=290.0, help="nothing begins after so many seconds [290]")
     parser.add_argument("--json", type=Path, default=None)
     parser.add_argument("--shape", default="llama3-8b", choices=tuple(SHAPES))
-    parser.add_argument("--scheme", default="perm", choices=SCHEMES, help="of the cost parts [perm]")
-    parser.add_argument("--requests", type=int, default=256, help="of the chat workload [256]")
+    parser.add_argument("--scheme", default="perm", choices=SCHEMES, help="of the cost part [perm]")
+    parser.add_argument("--requests", type=int, default=300, help="of the chat workload [300]")
     parser.add_argument("--batch", type=int, default=BATCH, help=f"sequences of the decode workload [{BATCH}]")
     parser.add_argument("--context", type=int, default=CONTEXT, help=f"their prompt tokens [{CONTEXT}]")
     parser.add_argument("--rounds", type=int, default=2, help="of each pair of engines [2]")
@@ -304,13 +349,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.backends.cuda.matmul.allow_tf32 = False
     session = Session(asked.device, perf_counter() + asked.budget_s, asked.json)
     checks = {"kernels": kernels, "layers": layers, "engine": engine}
+    costs = {"admission": admission, "cost": cost}
     for part in chosen:
         began = perf_counter()
         try:
             if part in checks:
                 checks[part](session)
             else:
-                cost(session, part, asked)
+                costs[part](session, asked)
         except (ConfigError, ImportError, RuntimeError, ValueError) as error:
             session.wrong += 1
             session.keep(part, {"verdict": f"{type(error).__name__}: {str(error)[:300]}"})

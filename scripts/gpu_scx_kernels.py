@@ -11,10 +11,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from engine.scx.attention import shuffle_blocks
+from engine.scx.secure import SealOrder
 from scripts.gpu_checks import BOUND, Bench, Found, relative
 from tessera_kernels.head_maps import Rows, decode_reference, encode_reference
 from tessera_kernels.triton_decode_heads import decode_heads
 from tessera_kernels.triton_encode_heads import encode_store
+from tessera_kernels.triton_seal import BlockShuffle
 
 if TYPE_CHECKING:
     from scripts.gpu_kernels import Session
@@ -70,8 +73,23 @@ def check_heads(bench: Bench, kind: str, heads: int, groups: int, dim: int) -> F
         yield f"decode {kind} {heads}/{groups}x{dim} one each={one_each}", relative(got.cpu()[kept], want), bound
 
 
+def check_shuffle(bench: Bench, size: int) -> Found:
+    """Blocks of two layers change places in one launch; what is in no block stays. Bit for bit."""
+    groups, dim = 4, 128
+    memory = bench.normal(2, SLOTS, 2 * size + 5, 3, groups, dim)
+    slabs = [(memory[0, :, :, i], memory[1, :, :, i]) for i in (2, 0)]
+    slots, firsts = torch.tensor([3, 0, 3]), torch.tensor([size, 0, 0])
+    order = torch.rand(2, 3, groups, size).argsort(dim=-1)
+    want = memory.cpu().clone()
+    for orders, layer in zip(order, (2, 0), strict=True):
+        shuffle_blocks(want[0, :, :, layer], want[1, :, :, layer], SealOrder(slots, firsts, orders))
+    BlockShuffle(slabs)(*(made.int().to(bench.device) for made in (slots, firsts, order)))
+    yield f"shuffle of blocks of {size}", float((memory.cpu() != want).sum()), 0.0
+
+
 def measure(s: Session) -> None:
-    """Encoding and decoding of Llama-3-8B's heads beside the plain store: decodes of 1 to 256, chunks of 512, 2048."""
+    """Encoding and decoding of Llama-3-8B's heads beside the plain store: decodes of 1 to 256, chunks of 512, 2048;
+    and blocks of 16 tokens of all layers shuffled."""
     from scripts.gpu_kernels import DIM, HEADS, KV_HEADS, LAYERS
     from tessera_kernels.triton_rope_store import rope_store
 
@@ -111,3 +129,11 @@ def measure(s: Session) -> None:
                        lambda i, a=qkv, p=positions, t=slots: rope_store(a, angles, p, t, k, v, HEADS), 1,  # type: ignore[misc]
                        nbytes=4 * tokens * width, calls=8)  # fmt: skip
             s.show_best("scx", name)
+    for blocks in (4, 32):
+        order = torch.rand(LAYERS, blocks, KV_HEADS, 16).argsort(dim=-1).int().to(s.device)
+        shuffle, slots = BlockShuffle([(k, v)] * LAYERS), s.ints(list(range(blocks)))
+        s.compile([lambda f=shuffle, t=slots, o=order: f(t, t, o)])  # type: ignore[misc]
+        s.time("scx", f"{blocks} blocks of 16", f"shuffle in {LAYERS} layers",
+               lambda i, f=shuffle, t=slots, o=order: f(t, t, o), 1,  # type: ignore[misc]
+               nbytes=8 * order.numel() * DIM)  # fmt: skip
+        s.show_best("scx", f"{blocks} blocks of 16")

@@ -1,8 +1,8 @@
 """One command for a GPU that is here for a short while: `python -m scripts.gpu_session --out DIR [--from PART]`.
 
 Runs in order: setup, allocator, checks, correctness, attention, products, backends, layer, profile, single, engine,
-long, online, scx, sanitize, soak. Each part is a process of its own with a time budget; its output, a line for the
-table and its JSON are in DIR before the next begins, so a cut-off loses at most one part, and `--from PART` goes on
+long, online, scx, scx-cost, sanitize, soak. Each part is a process of its own with a time budget; its output, a line
+for the table and its JSON are in DIR before the next begins, so a cut-off loses at most one part, and `--from PART` goes on
 where it was cut. What kernel parts measure is put into kernels/tuning/<device>.json, which later parts and the engine
 use; DIR/settings.json is a copy to keep. A part whose packages are missing says which and is passed over.
 """
@@ -61,7 +61,10 @@ PARTS = (
     Part("long", 150, "scripts.bench", ("throughput", *SHAPE, "--runs", "1", "--chunk-size", "2048", "--workload",
                                         "offline_long"), ENGINE),
     Part("online", 120, "scripts.bench", ("serve", *SHAPE, "--runs", "1"), ENGINE),
-    Part("scx", 320, "scripts.gpu_scx", ("--budget-s", "290"), (*ENGINE, "safetensors", "cryptography")),
+    Part("scx", 150, "scripts.gpu_scx", ("--parts", "kernels,layers,engine", "--budget-s", "130"),
+         (*ENGINE, "safetensors", "cryptography")),
+    Part("scx-cost", 180, "scripts.gpu_scx", ("--parts", "admission,cost", "--budget-s", "150"),
+         (*ENGINE, "cryptography")),
     Part("sanitize", 110, "scripts.gpu_allocator", ("--sanitize",)),
     Part("soak", 520, "scripts.gpu_soak", ("--seconds", "480"), ENGINE),
 )

@@ -19,6 +19,7 @@ from engine.scx.config import ScxConfig
 if TYPE_CHECKING:  # an engine without SCX loads no cryptography
     from engine.parts.kernel_set import Linear
     from engine.scx.secure import SealOrder, SecureSide
+    from tessera_kernels.triton_seal import BlockShuffle
 
 # observer(view, layer, tensors): what the compute device gets to see of an encoded layer, by what an adversary has:
 #   "V1" a copy of the cache:     k, v (N, G, D), this step's rows as written, before blocks are shuffled; slots and
@@ -43,14 +44,35 @@ class Scx:
     # K and V views by encoded layer; no text form: most of a slab is not mapped, and what is must not be in a log
     slabs: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict, repr=False)
     wide: bool = False  # projections come in float32, as Scheme.matrices says
+    _shuffler: BlockShuffle | None = field(default=None, repr=False)
 
     def seal(self, layer: int, batch: Batch) -> None:
-        """Shuffle the blocks that a step made full, between the layer's encode and its decode or behind the step."""
+        """Shuffle the blocks that a step made full, between the layer's encode and its decode."""
         full = self.secure.seal(layer, batch) if self.config.page_seal else None
         if full is not None:
-            shuffle_blocks(*self.slabs[layer], full)
-            if self.observer is not None:
-                self.observer("V3", layer, full._asdict())
+            self._shuffle(full._replace(order=full.order[None]), self.config.layers.index(layer))
+
+    def seal_all(self, batch: Batch) -> None:
+        """The same for all encoded layers, behind a step that was replayed as a whole."""
+        full = self.secure.seal_all(batch) if self.config.page_seal else None
+        if full is not None:
+            self._shuffle(full, 0)
+
+    def _shuffle(self, full: SealOrder, first: int) -> None:
+        """full.order: (L, P, G, B), of the encoded layers from number `first` on."""
+        layers = self.config.layers[first : first + full.order.shape[0]]
+        if self.secure.in_stream:
+            if self._shuffler is None:
+                from tessera_kernels.triton_seal import BlockShuffle
+
+                self._shuffler = BlockShuffle([self.slabs[layer] for layer in self.config.layers])
+            self._shuffler(*full, layer=first)
+        else:
+            for layer, order in zip(layers, full.order, strict=True):
+                shuffle_blocks(*self.slabs[layer], full._replace(order=order))
+        if self.observer is not None:
+            for layer, order in zip(layers, full.order, strict=True):
+                self.observer("V3", layer, full._replace(order=order)._asdict())
 
 
 @dataclass(eq=False, slots=True)

@@ -8,7 +8,8 @@ What is drawn from a stream is unbiased (words that would favour a value are thr
 session; keys and the words of permutations are cleared when they are no longer needed, but what numpy, torch and
 OpenSSL copy on the way is not reached: freed memory may hold pieces of maps. numpy's and torch's generators take no
 part.
-No key, stream or table has a text form. It knows no tensors of a model, and no schedule.
+No key, stream or table has a text form. It knows no tensors of a model, and no schedule. Many labels at once are drawn
+in C++ (kernels/key_draws.py), the same words to the last bit.
 Sources: RFC 5869 (HKDF), RFC 8439 (ChaCha20), Fisher and Yates in Durstenfeld's form.
 """
 
@@ -28,6 +29,7 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF, HKDFExpand
 
 from engine.core.errors import ConfigError, InvariantError
+from tessera_kernels import key_draws
 
 VERSION = b"scx/v1"
 KEY_BYTES = 32
@@ -110,6 +112,14 @@ class Label(NamedTuple):
     segment: int = 0
 
 
+Labels = Sequence[Label] | np.ndarray  # as an array (R, 3) uint32: layer, head, segment
+
+
+def rows_of(labels: Labels) -> np.ndarray:
+    """Labels as an array."""
+    return np.ascontiguousarray(labels, dtype=np.uint32).reshape(-1, 3)
+
+
 @dataclass(frozen=True, slots=True)
 class Scope:
     """What all subkeys of an engine have in common: model (an identity of it, any bytes) and scheme."""
@@ -149,6 +159,31 @@ class SessionKeys:
         place = struct.pack(">4I", self._epoch, label.segment, label.layer, label.head)
         return _joined(VERSION, self._scope.model, self._scope.scheme.encode(), place, purpose.encode())
 
+    def _text(self, purpose: str) -> key_draws.Text:
+        """_info() of any label, and where in it the label stands: behind three parts, a length and the epoch."""
+        info = self._info(purpose, Label(0, 0))
+        return key_draws.Text(info, len(info) - len(purpose.encode()) - 4 - 12)
+
+    def words(self, purpose: str, labels: Labels, count: int) -> np.ndarray:
+        """(len(labels), count) uint32: the first words of each label's stream."""
+        drawn: np.ndarray = np.empty((len(labels), count), dtype="<u4")
+        if key_draws.available():
+            key_draws.words(self._secret.data, self._text(purpose), rows_of(labels), drawn)
+        else:
+            for row, label in zip(drawn, rows_of(labels).tolist(), strict=True):
+                self.stream(purpose, Label(*label)).fill(row)
+        return drawn
+
+    def shuffles(self, purpose: str, labels: Labels, orders: np.ndarray, inverses: np.ndarray | None = None) -> None:
+        """permutations() into (len(labels), size) int16, and what undoes them."""
+        if key_draws.available():
+            key_draws.shuffles(self._secret.data, self._text(purpose), rows_of(labels), orders, inverses)
+            return
+        orders[:] = permutations_slowly(self, purpose, [Label(*label) for label in rows_of(labels).tolist()],
+                                        orders.shape[1])  # fmt: skip
+        if inverses is not None:
+            inverses[:] = np.argsort(orders, axis=1)
+
     def stream(self, purpose: str, label: Label) -> Stream:
         """The random words of one purpose: "qk", "v" or "row"."""
         subkey = bytearray(KEY_BYTES)
@@ -183,8 +218,15 @@ def _joined(*parts: bytes) -> bytes:
 # ---------------------------------------------------------------- what is drawn from streams
 
 
-def permutations(keys: SessionKeys, purpose: str, labels: Sequence[Label], size: int) -> np.ndarray:
+def permutations(keys: SessionKeys, purpose: str, labels: Labels, size: int) -> np.ndarray:
     """(len(labels), size) int16: an unbiased shuffle of 0..size-1 for each label. size: 2..2**15."""
+    orders: np.ndarray = np.empty((len(labels), size), dtype=np.int16)
+    keys.shuffles(purpose, labels, orders)
+    return orders
+
+
+def permutations_slowly(keys: SessionKeys, purpose: str, labels: Sequence[Label], size: int) -> np.ndarray:
+    """The same by `cryptography` and numpy: where there is no C++, and what C++ is compared with."""
     words: np.ndarray = np.empty((len(labels), size - 1), dtype="<u4")
     for row, label in zip(words, labels, strict=True):
         keys.stream(purpose, label).fill(row)
@@ -230,7 +272,7 @@ def shuffle_slowly(stream: Stream, size: int) -> np.ndarray:
     return order
 
 
-def uniforms(stream: Stream, count: int) -> np.ndarray:
-    """(count,) float64 in the open interval (0, 1), 53 bits each."""
-    pairs: np.ndarray = stream.words(2 * count).astype(np.uint64).reshape(count, 2)
-    return (((pairs[:, 0] << np.uint64(21)) | (pairs[:, 1] >> np.uint64(11))) + 0.5) / float(1 << 53)
+def uniforms(words: np.ndarray) -> np.ndarray:
+    """(R, 2 * n) uint32 words as (R, n) float64 in the open interval (0, 1), 53 bits each."""
+    pairs: np.ndarray = words.astype(np.uint64).reshape(words.shape[0], -1, 2)
+    return (((pairs[..., 0] << np.uint64(21)) | (pairs[..., 1] >> np.uint64(11))) + 0.5) / float(1 << 53)

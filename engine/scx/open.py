@@ -63,17 +63,22 @@ def open_scx(
             root = fresh_root() if config.key_file is None else read_root(config.key_file)
         make: type[LocalSecureSide] = SegmentedSide if config.segment_tokens else LocalSecureSide
         if make is LocalSecureSide and compute.type == "cuda":
-            make = side_of(config, compute)
+            make = side_of(config, compute, dtype)
         side = make(config, shape, rope, root, model_identity(spec), compute, dtype)
     backend = SegmentBackend(config.segment_tokens, spec.head_dim**-0.5) if config.segment_tokens else None
     return Scx(config, side, backend=backend, wide=schemes[config.scheme].matrices)
 
 
-def side_of(config: ScxConfig, compute: torch.device) -> type[LocalSecureSide]:
-    """Which local side answers a GPU."""
+def side_of(config: ScxConfig, compute: torch.device, dtype: torch.dtype) -> type[LocalSecureSide]:
+    """Which local side answers a GPU. dtype: of encoded rows."""
     from engine.scx.on_device import DeviceSecureSide  # loads Triton
+    from engine.scx.on_host import HostSecureSide
+    from tessera_kernels import host_jobs
 
-    return DeviceSecureSide if indexed(torch.device(config.secure_device)) == indexed(compute) else LocalSecureSide
+    secure = indexed(torch.device(config.secure_device))
+    if secure == indexed(compute):
+        return DeviceSecureSide
+    return HostSecureSide if secure.type == "cpu" and host_jobs.available(dtype) else LocalSecureSide
 
 
 def _say(config: ScxConfig, shape: HeadShape, compute: torch.device) -> None:

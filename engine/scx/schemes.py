@@ -7,14 +7,16 @@ maps; M and N are independent. Rows are vectors on the left. It draws maps; engi
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
+import numpy as np
 import torch
 
 from engine.core.registry import Registry
-from engine.scx.keys import SHARED_HEAD, Label, SessionKeys, permutations
-from engine.scx.matrices import invertible, rotations
+from engine.scx.keys import SHARED_HEAD, Label, SessionKeys
+from engine.scx.matrices import draw_rotations, draw_scales, haar_rotations, invertible, rotations_of
 
 
 class Maps(NamedTuple):
@@ -32,14 +34,52 @@ class Maps(NamedTuple):
 
 class Scheme(Protocol):
     """One way to make maps. matrices: whether maps are matrices. shared: one key for all requests. tables: different
-    maps of a head, 4, or 3 where queries and keys have the same one."""
+    maps of a head, 4, or 3 where queries and keys have the same one.
+
+    What is secret is drawn on the host, into `drawn`; maps are made of it where they will lie.
+    """
 
     matrices: bool
     shared: bool
     tables: int
 
-    def maps(self, keys: SessionKeys, layers: Sequence[int], heads: int, dim: int, segment: int = 0) -> Maps:
-        """The maps of a session (or of one segment of it) for `heads` KV heads of `dim` entries."""
+    def drawn(self, layers: int, heads: int, dim: int) -> torch.Tensor:
+        """Room in host memory for what is drawn for so many layers and KV heads."""
+
+    def draw(self, keys: SessionKeys, layers: Sequence[int], segment: int, into: torch.Tensor) -> None:
+        """Draw for a session (or one segment of it) into all of `drawn`."""
+
+    def make(self, drawn: torch.Tensor, into: torch.Tensor) -> None:
+        """The maps: into (tables, L, G, D[, D]) on the device of `drawn`."""
+
+
+def map_shape(scheme: Scheme, layers: int, heads: int, dim: int) -> tuple[int, ...]:
+    """The shape of one session's maps: (tables, L, G, D[, D])."""
+    return (scheme.tables, layers, heads, dim, *((dim,) if scheme.matrices else ()))
+
+
+def map_dtype(scheme: Scheme) -> torch.dtype:
+    """float32 matrices or int16 orders."""
+    return torch.float32 if scheme.matrices else torch.int16
+
+
+def named(tables: Sequence[torch.Tensor]) -> Maps:
+    """A scheme's tables under their names: queries have the keys' where there are three."""
+    return Maps(tables[0], tables[-3], tables[-2], tables[-1])
+
+
+def maps_of(
+    scheme: Scheme, keys: SessionKeys, layers: Sequence[int], heads: int, dim: int, segment: int = 0
+) -> Maps:
+    """The maps of a session (or of one segment of it) for `heads` KV heads of `dim` entries, in host memory."""
+    drawn = scheme.drawn(len(layers), heads, dim)
+    tables = torch.empty(map_shape(scheme, len(layers), heads, dim), dtype=map_dtype(scheme))
+    try:
+        scheme.draw(keys, layers, segment, drawn)
+        scheme.make(drawn, tables)
+    finally:
+        drawn.zero_()
+    return named(tables.unbind(0))
 
 
 schemes: Registry[type[Scheme]] = Registry("SCX scheme", "engine.scx")
@@ -59,64 +99,155 @@ def row_bytes(scheme: str, heads: int, kv_heads: int, dim: int, item_bytes: int)
     return projections * wide_bytes + heads * dim * item_bytes, (projections + heads * dim) * item_bytes
 
 
-def _labels(layers: Sequence[int], heads: int, segment: int) -> list[Label]:
-    return [Label(layer, head, segment) for layer in layers for head in range(heads)]
+def _labels(layers: Sequence[int], heads: int, segment: int) -> np.ndarray:
+    """(L * G, 3) uint32: layer, head, segment."""
+    grid = np.stack(np.meshgrid(layers, np.arange(heads), segment, indexing="ij"), axis=-1)
+    return grid.reshape(-1, 3).astype(np.uint32)
 
 
-def _inverse(orders: torch.Tensor) -> torch.Tensor:
-    """The inverse permutations, along the last axis."""
-    return orders.argsort(dim=-1).to(torch.int16)
+def _flat(drawn: torch.Tensor) -> np.ndarray:
+    """(K, L, G, D) in host memory as (K, L * G, D)."""
+    return drawn.numpy().reshape(drawn.shape[0], -1, drawn.shape[-1])
 
 
 @schemes.register("perm")
 class Perm:
-    """A permutation of the head's entries for each request, layer and KV head; another one for values."""
+    """A permutation of the head's entries for each request, layer and KV head; another one for values. What is drawn
+    is the maps."""
 
     matrices, shared, tables = False, False, 3
 
-    def maps(self, keys: SessionKeys, layers: Sequence[int], heads: int, dim: int, segment: int = 0) -> Maps:
+    def drawn(self, layers: int, heads: int, dim: int) -> torch.Tensor:
         """See Scheme."""
-        labels = _labels(layers, heads, segment)
-        drawn = (torch.from_numpy(permutations(keys, purpose, labels, dim)) for purpose in ("qk", "v"))
-        qk, v = (orders.view(len(layers), heads, dim) for orders in drawn)
-        return Maps(qk, qk, v, _inverse(v))
+        return torch.zeros((3, layers, heads, dim), dtype=torch.int16)
+
+    def draw(self, keys: SessionKeys, layers: Sequence[int], segment: int, into: torch.Tensor) -> None:
+        """See Scheme."""
+        labels, (qk, v, out) = _labels(layers, into.shape[2], segment), _flat(into)
+        keys.shuffles("qk", labels, qk)
+        keys.shuffles("v", labels, v, out)
+
+    def make(self, drawn: torch.Tensor, into: torch.Tensor) -> None:
+        """See Scheme."""
+        into.copy_(drawn, non_blocking=True)
 
 
 @schemes.register("perm-static")
-class PermStatic:
+class PermStatic(Perm):
     """SCX-vLLM's: one permutation a layer for queries, keys and values of all heads and requests. For comparison."""
 
-    matrices, shared, tables = False, True, 3
+    shared = True
 
-    def maps(self, keys: SessionKeys, layers: Sequence[int], heads: int, dim: int, segment: int = 0) -> Maps:
+    def draw(self, keys: SessionKeys, layers: Sequence[int], segment: int, into: torch.Tensor) -> None:
+        """See Scheme. Segments share it, too."""
+        dim = into.shape[3]
+        order, inverse = (np.empty((len(layers), dim), dtype=np.int16) for _ in range(2))
+        keys.shuffles("qk", [Label(layer, SHARED_HEAD) for layer in layers], order, inverse)
+        for table, drawn in zip(into, (order, order, inverse), strict=True):
+            table.copy_(torch.from_numpy(drawn)[:, None])
+
+
+class _Matrices(ABC):
+    """What rotate and mix have in common. Powers of two are drawn as `rows` rows of D int16 a head, and matrices are
+    made of them on the device; other sizes are made on the host and are drawn whole."""
+
+    matrices, shared = True, False
+    rows: int
+    tables: int
+
+    @abstractmethod
+    def _draw_rows(self, keys: SessionKeys, labels: np.ndarray, into: np.ndarray) -> None:
+        """into: (rows, R, D) int16."""
+
+    @abstractmethod
+    def _draw_whole(self, keys: SessionKeys, labels: np.ndarray, into: torch.Tensor) -> None:
+        """into: (tables, R, D, D) float32."""
+
+    @abstractmethod
+    def _make_rows(self, drawn: torch.Tensor, into: torch.Tensor) -> None:
+        """(rows, R, D) to (tables, ..., D, D)."""
+
+    def drawn(self, layers: int, heads: int, dim: int) -> torch.Tensor:
         """See Scheme."""
-        drawn = permutations(keys, "qk", [Label(layer, SHARED_HEAD) for layer in layers], dim)
-        order = torch.from_numpy(drawn)[:, None].repeat(1, heads, 1)
-        return Maps(order, order, order, _inverse(order))
+        if dim & (dim - 1):
+            return torch.zeros((self.tables, layers, heads, dim, dim))
+        return torch.zeros((self.rows, layers, heads, dim), dtype=torch.int16)
+
+    def draw(self, keys: SessionKeys, layers: Sequence[int], segment: int, into: torch.Tensor) -> None:
+        """See Scheme."""
+        labels = _labels(layers, into.shape[2], segment)
+        if into.dim() == 5:
+            self._draw_whole(keys, labels, into.view(self.tables, -1, *into.shape[3:]))
+        else:
+            self._draw_rows(keys, labels, _flat(into))
+
+    def make(self, drawn: torch.Tensor, into: torch.Tensor) -> None:
+        """See Scheme. On a CPU a layer at a time: what is made on the way is small."""
+        if drawn.dim() == 5:
+            into.copy_(drawn, non_blocking=True)
+            return
+        count = drawn.shape[1] if drawn.device.type != "cpu" else 1
+        for source, place in zip(drawn.split(count, 1), into.split(count, 1), strict=True):
+            self._make_rows(source.flatten(1, 2), place)
 
 
 @schemes.register("rotate")
-class Rotate:
+class Rotate(_Matrices):
     """A rotation for each request, layer and KV head; another one for values."""
 
-    matrices, shared, tables = True, False, 3
+    rows, tables = 8, 3
 
-    def maps(self, keys: SessionKeys, layers: Sequence[int], heads: int, dim: int, segment: int = 0) -> Maps:
-        """See Scheme."""
-        labels, shape = _labels(layers, heads, segment), (len(layers), heads, dim, dim)
-        qk, v = (rotations(keys, purpose, labels, dim).float().view(shape) for purpose in ("qk", "v"))
-        return Maps(qk, qk, v, v.mT.contiguous())
+    def _draw_rows(self, keys: SessionKeys, labels: np.ndarray, into: np.ndarray) -> None:
+        draw_rotations(keys, "qk", labels, into[:4])
+        draw_rotations(keys, "v", labels, into[4:])
+
+    def _draw_whole(self, keys: SessionKeys, labels: np.ndarray, into: torch.Tensor) -> None:
+        for table, purpose in zip(into, ("qk", "v"), strict=False):
+            table.copy_(haar_rotations(keys, purpose, labels, into.shape[-1]))
+        into[2] = into[1].mT
+
+    def _make_rows(self, drawn: torch.Tensor, into: torch.Tensor) -> None:
+        qk, v, out = into.flatten(1, 2)
+        rotations_of(drawn[:4], qk)
+        rotations_of(drawn[4:], v)
+        out.copy_(v.mT)
 
 
 @schemes.register("mix")
-class Mix:
+class Mix(_Matrices):
     """An invertible map of condition 4 at most for each request, layer and KV head; another one for values."""
 
-    matrices, shared, tables = True, False, 4
+    rows, tables = 20, 4  # for qk and v two rotations each, then the upper and lower halves of float32 scales
 
-    def maps(self, keys: SessionKeys, layers: Sequence[int], heads: int, dim: int, segment: int = 0) -> Maps:
-        """See Scheme."""
-        labels, shape = _labels(layers, heads, segment), (len(layers), heads, dim, dim)
-        (k, back), (v, out) = (invertible(keys, purpose, labels, dim) for purpose in ("qk", "v"))
-        q = back.mT
-        return Maps(*(made.float().contiguous().view(shape) for made in (q, k, v, out)))
+    def _draw_rows(self, keys: SessionKeys, labels: np.ndarray, into: np.ndarray) -> None:
+        for purpose, rows in (("qk", into[:10]), ("v", into[10:])):
+            draw_rotations(keys, f"{purpose}/left", labels, rows[:4])
+            draw_rotations(keys, f"{purpose}/right", labels, rows[4:8])
+            bits = draw_scales(keys, purpose, labels, into.shape[2]).float().numpy().view(np.uint32)
+            rows[8], rows[9] = (half.astype(np.uint16).view(np.int16) for half in (bits >> 16, bits & 0xFFFF))
+            bits.fill(0)
+
+    def _draw_whole(self, keys: SessionKeys, labels: np.ndarray, into: torch.Tensor) -> None:
+        dim = into.shape[-1]
+        made = []
+        for purpose in ("qk", "v"):
+            left, right = (haar_rotations(keys, f"{purpose}/{side}", labels, dim) for side in ("left", "right"))
+            made.append(invertible(left, draw_scales(keys, purpose, labels, dim), right))
+        self._store(made[0], made[1], into)
+
+    def _make_rows(self, drawn: torch.Tensor, into: torch.Tensor) -> None:
+        made = []
+        for rows in (drawn[:10], drawn[10:]):
+            left, right = rotations_of(rows[:4]), rotations_of(rows[4:8])
+            scales = ((rows[8].int() << 16) | (rows[9].int() & 0xFFFF)).view(torch.float32)
+            made.append(invertible(left, scales, right))
+            left.zero_(), right.zero_()
+        self._store(made[0], made[1], into)
+
+    def _store(self, qk: tuple[torch.Tensor, torch.Tensor], v: tuple[torch.Tensor, torch.Tensor],
+               into: torch.Tensor) -> None:  # fmt: skip
+        """Keys by M, queries by the transposed inverse, values by N, the output by its inverse."""
+        for table, matrix in zip(into, (qk[1].mT, qk[0], *v), strict=True):
+            table.view(matrix.shape).copy_(matrix)
+        for matrix in (*qk, *v):
+            matrix.zero_()

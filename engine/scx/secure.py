@@ -19,8 +19,8 @@ import torch
 from engine.runner.batch import Batch
 from engine.scx.config import ScxConfig
 from engine.scx.errors import LayerNotEncoded, OutOfOrder, ShapeMismatch, UnknownSession
-from engine.scx.keys import Label, Scope, Secret, SessionKeys, permutations
-from engine.scx.schemes import Maps, schemes
+from engine.scx.keys import Scope, Secret, SessionKeys, permutations
+from engine.scx.schemes import Maps, map_dtype, map_shape, named, schemes
 from tessera_kernels.head_maps import Rows, decode, encode, encode_store
 
 
@@ -33,8 +33,8 @@ class Encoded(NamedTuple):
 
 
 class SealOrder(NamedTuple):
-    """Blocks whose rows change places now: slots and first tokens (P,) int64; order (P, G, B) int64, where row j of the
-    block becomes what was row order[j]."""
+    """Blocks whose rows change places now: slots and first tokens (P,); order (P, G, B), where row j of the block
+    becomes what was row order[j]. int64, or int32 where a kernel reads it."""
 
     slots: torch.Tensor
     firsts: torch.Tensor
@@ -109,6 +109,10 @@ class SecureSide(ABC):
     def seal(self, layer: int, batch: Batch) -> SealOrder | None:
         """The blocks that this step's rows made full, in the layer encoded last; between its encode and its decode."""
 
+    def seal_all(self, batch: Batch) -> SealOrder | None:
+        """Where in_stream: the same for all encoded layers, behind a step that was claimed: order is (L, P, G, B)."""
+        raise OutOfOrder("this secure side answers calls; nothing of it can be replayed")
+
     @abstractmethod
     def decode(self, layer: int, attended: torch.Tensor, batch: Batch) -> torch.Tensor:
         """attended: (N, H * D), the attention output of the rows encoded last in this layer. Same shape, decoded."""
@@ -178,15 +182,12 @@ class LocalSecureSide(SecureSide):
         self._tables = self._make_tables()
 
     def _make_tables(self) -> list[Maps]:
-        """For each layer, maps (slots, G, D[, D]); zeros where no session is. map_bytes() says what they take."""
-        dim, scheme = self.shape.head_dim, self.scheme
-        shape = (self.shape.slots, self.shape.kv_heads, dim, *((dim,) if scheme.matrices else ()))
-        dtype = torch.float32 if scheme.matrices else torch.int16
-        made = []
-        for _ in self.config.layers:
-            tables = [torch.zeros(shape, dtype=dtype, device=self.device) for _ in range(scheme.tables)]
-            made.append(Maps(tables[0], tables[-3], tables[-2], tables[-1]))  # q's and k's are one where they are alike
-        return made
+        """For each layer, maps (slots, G, D[, D]): views of one table (slots, T, L, G, D[, D]), so that a session's
+        maps lie together; zeros where no session is. map_bytes() says what it takes."""
+        shape, layers = self.shape, len(self.config.layers)
+        row = map_shape(self.scheme, layers, shape.kv_heads, shape.head_dim)
+        self._whole = torch.zeros((shape.slots, *row), dtype=map_dtype(self.scheme), device=self.device)
+        return [named(layer.unbind(1)) for layer in self._whole.unbind(2)]
 
     # ------------------------------------------------------------ sessions
 
@@ -209,15 +210,13 @@ class LocalSecureSide(SecureSide):
         return keys.namespace
 
     def _fill(self, slot: int, session: Session) -> None:
-        """Derive a session's maps into its place in the tables, a layer at a time: what is made on the way is small."""
-        shape = self.shape
-        for layer, tables in zip(self.config.layers, self._tables, strict=True):
-            maps = self.scheme.maps(session.keys, (layer,), shape.kv_heads, shape.head_dim)
-            try:
-                for made, table in list(zip(maps, tables, strict=True))[4 - self.scheme.tables :]:
-                    table[slot] = made[0]
-            finally:
-                clear(maps)
+        """Derive a session's maps into its place in the tables."""
+        drawn = self.scheme.drawn(len(self.config.layers), self.shape.kv_heads, self.shape.head_dim)
+        try:
+            self.scheme.draw(session.keys, self.config.layers, 0, drawn)
+            self.scheme.make(drawn.to(self.device), self._whole[slot])
+        finally:
+            clear((drawn,))
 
     def close(self, slot: int) -> None:
         """See SecureSide."""
@@ -230,7 +229,7 @@ class LocalSecureSide(SecureSide):
     def _wipe(self, slot: int, session: Session) -> None:
         """Clear a session's key and maps."""
         session.keys.clear()
-        for maps in (*session.segments, *(Maps(*(table[slot] for table in tables)) for tables in self._tables)):
+        for maps in (*session.segments, (self._whole[slot],) if self._tables else ()):
             clear(maps)
 
     def shut(self) -> None:
@@ -286,8 +285,8 @@ class LocalSecureSide(SecureSide):
             raise OutOfOrder(f"layer {layer}: rows to decode that were not the last ones encoded")
         return place, step
 
-    def _count(self, incoming_bytes: int, outgoing_bytes: int) -> None:
-        self.traffic.calls += 1
+    def _count(self, incoming_bytes: int, outgoing_bytes: int, calls: int = 1) -> None:
+        self.traffic.calls += calls
         self.traffic.bytes_in += incoming_bytes
         self.traffic.bytes_out += outgoing_bytes
 
@@ -329,24 +328,30 @@ class LocalSecureSide(SecureSide):
 
     def seal(self, layer: int, batch: Batch) -> SealOrder | None:
         """See SecureSide."""
-        full = self._orders(layer, batch)
-        return None if full is None else SealOrder(*(made.to(self.compute) for made in full))
+        full = self._orders((layer,), batch)
+        return None if full is None else SealOrder(*(made.to(self.compute) for made in one_layer(full)))
 
-    def _orders(self, layer: int, batch: Batch) -> SealOrder | None:
-        """What seal() tells, in host memory."""
-        _, step = self._awaited(layer, batch)
-        size = self.config.seal_tokens
+    def _orders(self, layers: Sequence[int], batch: Batch) -> SealOrder | None:
+        """What seal() tells, in host memory, for several layers: order is (L, P, G, B)."""
+        steps = [self._awaited(layer, batch)[1] for layer in layers]
+        size, step = self.config.seal_tokens, steps[0]
         full = zip(step.slots.tolist(), (step.starts // size).tolist(), (step.ends // size).tolist(), strict=True)
-        blocks = [(slot, block) for slot, first, last in full for block in range(first, last)]
-        if not blocks:
+        ranges = [(slot, range(first, last)) for slot, first, last in full if first < last]
+        if not ranges:
             return None
-        heads, orders = range(self.shape.kv_heads), []
-        for slot in dict.fromkeys(slot for slot, _ in blocks):
-            labels = [Label(layer, head, block) for owner, block in blocks if owner == slot for head in heads]
-            orders.append(permutations(self._sessions[slot].keys, "row", labels, size))  # told to the compute device
-        order = torch.from_numpy(np.concatenate(orders)).view(len(blocks), len(heads), size)
-        slots, firsts = torch.tensor([[slot, block * size] for slot, block in blocks]).unbind(1)
-        return SealOrder(slots, firsts, order.long())
+        orders = []
+        for slot, blocks in ranges:
+            grid = np.stack(np.meshgrid(layers, blocks, range(self.shape.kv_heads), indexing="ij"), axis=-1)
+            labels = grid[..., [0, 2, 1]].reshape(-1, 3).astype(np.uint32)  # layer, head, block
+            drawn = permutations(self._sessions[slot].keys, "row", labels, size)  # told to the compute device
+            orders.append(drawn.reshape(len(layers), len(blocks), -1, size))
+        slots, firsts = torch.tensor([[slot, b * size] for slot, blocks in ranges for b in blocks]).unbind(1)
+        return SealOrder(slots, firsts, torch.from_numpy(np.concatenate(orders, axis=1)).long())
+
+
+def one_layer(full: SealOrder) -> SealOrder:
+    """Orders of several layers that are of one, as seal() tells them."""
+    return full._replace(order=full.order[0])
 
 
 def indexed(device: torch.device) -> torch.device:

@@ -16,7 +16,7 @@ import torch
 from engine.attention.base import Caps, placed
 from engine.runner.batch import Batch
 from engine.scx.errors import ShapeMismatch
-from engine.scx.schemes import Maps
+from engine.scx.schemes import Maps, maps_of
 from engine.scx.secure import Encoded, LocalSecureSide, SecureSide, Session, Step, clear
 from tessera_kernels.head_maps import Rows, encode_reference, map_heads
 
@@ -142,9 +142,7 @@ class SegmentedSide(LocalSecureSide):
             session = self._sessions[part.slot]
             while len(session.segments) <= part.segment:
                 shape, segment = self.shape, len(session.segments)
-                maps = self.scheme.maps(
-                    session.keys, self.config.layers, shape.kv_heads, shape.head_dim, segment
-                )
+                maps = maps_of(self.scheme, session.keys, self.config.layers, shape.kv_heads, shape.head_dim, segment)
                 session.segments.append(Maps(*(made.to(self.device) for made in maps)))
             chosen.append([made[place] for made in session.segments[part.segment]])
         return Maps(*(torch.stack(column) for column in zip(*chosen, strict=True)))

@@ -55,8 +55,7 @@ class Sessions:
 
     def seal(self, batch: Batch) -> None:
         """Behind a step that was replayed as a whole, attention too."""
-        for layer in self.scx.config.layers:
-            self.scx.seal(layer, batch)
+        self.scx.seal_all(batch)
 
     @contextmanager
     def recording(self) -> Iterator[None]:

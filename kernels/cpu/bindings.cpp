@@ -2,6 +2,7 @@
 // kernels/*.py check shapes, dtypes and strides before they hand over addresses. The GIL is released inside.
 #include <nanobind/nanobind.h>
 
+#include <memory>
 #include <stdexcept>
 #include <string>
 
@@ -64,24 +65,61 @@ class Ops {
   }
 
   void encode_store(Address qkv, Address cos_sin, Address positions, Address slots, Address tables, Address q,
-                    const KvView& kv, Address q_map, Address k_map, Address v_map, bool matrices, int rows, int tokens,
-                    int heads, int kv_heads, int head_dim, bool interleaved, int angles, bool wide) const {
+                    const KvView& kv, Address q_map, Address k_map, Address v_map, bool matrices, int rows,
+                    ptrdiff_t map_stride, int tokens, int heads, int kv_heads, int head_dim, bool interleaved,
+                    int angles, bool wide) const {
     const EncodeStore e{{at(qkv), of<float>(cos_sin), of<int32_t>(positions), of<int32_t>(slots), at(q), kv,
                          tokens, heads, kv_heads, head_dim, interleaved, angles},
-                        wide, {of<int32_t>(tables), rows, kv_heads, matrices}, at(q_map), at(k_map), at(v_map)};
+                        wide, {of<int32_t>(tables), rows, kv_heads, matrices, map_stride}, at(q_map), at(k_map),
+                        at(v_map), heads * head_dim};
     check(e.rope);
     check(e.maps, tokens);
     nb::gil_scoped_release release;
     kernels_->encode_store(*current_pool(), e);
   }
 
-  void decode_heads(Address x, Address out, Address tables, Address out_map, bool matrices, int rows, int tokens,
-                    int heads, int kv_heads, int head_dim) const {
-    const DecodeHeads a{at(x), at(out), {of<int32_t>(tables), rows, kv_heads, matrices}, at(out_map),
+  void decode_heads(Address x, Address out, Address tables, Address out_map, bool matrices, int rows,
+                    ptrdiff_t map_stride, int tokens, int heads, int kv_heads, int head_dim) const {
+    const DecodeHeads a{at(x), at(out), {of<int32_t>(tables), rows, kv_heads, matrices, map_stride}, at(out_map),
                         tokens, heads, head_dim};
     check(a.maps, tokens);
     nb::gil_scoped_release release;
     kernels_->decode_heads(*current_pool(), a);
+  }
+
+  // Rows [N, (H + 2G) * D] are encoded into rows of the same order; those of no table row are left out.
+  Address encode_job(Address qkv, Address out, Address cos_sin, Address positions, Address tables, Address own,
+                     Address q_map, Address k_map, Address v_map, bool matrices, int rows, ptrdiff_t map_stride,
+                     int tokens, int heads, int kv_heads, int head_dim, int angles, bool wide, bool once) const {
+    const ptrdiff_t row = (heads + 2 * kv_heads) * head_dim, e = static_cast<ptrdiff_t>(kernels_->element_bytes);
+    const Address keys = out + static_cast<Address>(heads * head_dim * e);
+    const KvView kv{at(keys), at(keys + static_cast<Address>(kv_heads * head_dim * e)), row, 0, head_dim, tokens, angles};
+    auto job = std::make_unique<Job>();
+    job->kind = Job::Kind::kEncode, job->kernels = kernels_, job->once = once;
+    job->encode = {{at(qkv), of<float>(cos_sin), of<int32_t>(positions), of<int32_t>(own), at(out), kv, tokens, heads,
+                    kv_heads, head_dim, false, angles},
+                   wide, {of<int32_t>(tables), rows, kv_heads, matrices, map_stride}, at(q_map), at(k_map), at(v_map),
+                   row};
+    return reinterpret_cast<Address>(job.release());
+  }
+
+  Address decode_job(Address x, Address out, Address tables, Address out_map, bool matrices, int rows,
+                     ptrdiff_t map_stride, int tokens, int heads, int kv_heads, int head_dim, bool once) const {
+    auto job = std::make_unique<Job>();
+    job->kind = Job::Kind::kDecode, job->kernels = kernels_, job->once = once;
+    job->decode = {at(x), at(out), {of<int32_t>(tables), rows, kv_heads, matrices, map_stride}, at(out_map),
+                   tokens, heads, head_dim};
+    return reinterpret_cast<Address>(job.release());
+  }
+
+  void draws(Address key, Address info, int info_bytes, int place_at, Address labels, int rows, int count,
+             Address orders, Address inverses, Address words) const {
+    const Draws d{of<unsigned char>(key), of<unsigned char>(info), info_bytes, place_at, of<uint32_t>(labels), rows,
+                  count, static_cast<int16_t*>(at(orders)), static_cast<int16_t*>(at(inverses)),
+                  static_cast<uint32_t*>(at(words))};
+    check(d);
+    nb::gil_scoped_release release;
+    kernels_->draws(*current_pool(), d);
   }
 
   void attention(Address q, Address out, const KvView& kv, Address slots, Address q_starts, Address kv_lens,
@@ -139,6 +177,16 @@ NB_MODULE(_cpu, m) {
     nb::gil_scoped_release release;
     argmax(*current_pool(), {of<float>(logits), stride, static_cast<int64_t*>(at(out)), rows, width});
   });
+  m.def("copy_job", [](Address to, Address from, size_t nbytes) {
+    auto job = std::make_unique<Job>();
+    job->to = at(to), job->from = at(from), job->nbytes = nbytes;
+    return reinterpret_cast<Address>(job.release());
+  });
+  m.def("job_function", [] { return reinterpret_cast<Address>(&run_job); });
+  m.def("run_job", [](Address job) {
+    nb::gil_scoped_release release;
+    run_job(at(job));
+  });
   nb::class_<KvView>(m, "KvView")
       .def("__init__", [](KvView* self, Address k, Address v, ptrdiff_t slot_stride, ptrdiff_t token_stride,
                           ptrdiff_t head_stride, int slots, int max_tokens) {
@@ -173,6 +221,9 @@ NB_MODULE(_cpu, m) {
       .def("rope_store", &Ops::rope_store)
       .def("encode_store", &Ops::encode_store)
       .def("decode_heads", &Ops::decode_heads)
+      .def("encode_job", &Ops::encode_job)
+      .def("decode_job", &Ops::decode_job)
+      .def("draws", &Ops::draws)
       .def("attention", &Ops::attention)
       .def("silu_mul", &Ops::silu_mul)
       .def("layer", &Ops::layer);

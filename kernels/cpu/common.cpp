@@ -35,6 +35,11 @@ void check(const HeadMaps& a, int tokens) {
   for (int t = 0; t < tokens; ++t) within("tables", t, a.tables[t], 0, a.rows - 1);
 }
 
+void check(const Draws& d) {
+  within("info_bytes", 0, d.info_bytes, d.place_at + 12, kMaxInfoBlocks * 64 - 10);
+  within("count", 0, d.count, d.orders != nullptr ? 2 : 1, d.orders != nullptr ? 1 << 15 : 1 << 28);
+}
+
 void check(const Attention& a) {
   within("q_starts", 0, a.q_starts[0], 0, 0);
   within("q_starts", a.sequences, a.q_starts[a.sequences], a.tokens, a.tokens);
@@ -47,6 +52,18 @@ void check(const Attention& a) {
 
 void check(const Embed& a) {
   for (int row = 0; row < a.rows; ++row) within("ids", row, id_at(a, row), 0, a.vocab - 1);
+}
+
+void run_job(void* given) {
+  Job* const job = static_cast<Job*>(given);
+  switch (job->kind) {
+    case Job::Kind::kEncode: job->kernels->encode_store(*current_pool(), job->encode); break;
+    case Job::Kind::kDecode: job->kernels->decode_heads(*current_pool(), job->decode); break;
+    case Job::Kind::kCopy:
+      if (job->from != nullptr) std::memcpy(job->to, job->from, job->nbytes);
+      else std::memset(job->to, 0, job->nbytes);
+  }
+  if (job->once) delete job;
 }
 
 void embed(Pool& pool, const Embed& a) {

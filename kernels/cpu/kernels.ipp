@@ -4,6 +4,7 @@
 #include "gemm.ipp"
 #include "rowops.ipp"
 #include "headmaps.ipp"
+#include "draws.ipp"
 #include "attention.ipp"
 
 inline size_t at_least(size_t a, size_t b) { return a > b ? a : b; }
@@ -99,7 +100,7 @@ void run_layer(Pool& pool, const Layer& l, const Step& step) {
 template <class T>
 const Kernels* table(const char* isa) {
   static const Kernels kernels = {isa,           sizeof(typename T::E), pack_panels<T>,  run_gemm<T>, run_rmsnorm<T>,
-                                  run_rope_store<T>, run_encode_store<T>, run_decode_heads<T>, run_attention<T>,
-                                  run_silu_mul<T>, run_layer<T>};
+                                  run_rope_store<T>, run_encode_store<T>, run_decode_heads<T>, run_draws,
+                                  run_attention<T>, run_silu_mul<T>, run_layer<T>};
   return &kernels;
 }

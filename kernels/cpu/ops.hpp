@@ -67,6 +67,7 @@ struct HeadMaps {
   const int32_t* tables = nullptr;  // [N], the table row of each token
   int rows = 0, groups = 0;         // T, G
   bool matrices = false;
+  ptrdiff_t stride = 0;  // entries from a table row to the next
 };
 
 struct EncodeStore {
@@ -76,6 +77,7 @@ struct EncodeStore {
   const void* q_map = nullptr;
   const void* k_map = nullptr;
   const void* v_map = nullptr;
+  ptrdiff_t q_stride = 0;  // elements from a token's queries to the next one's
 };
 
 struct DecodeHeads {
@@ -85,6 +87,19 @@ struct DecodeHeads {
   const void* out_map = nullptr;
   int tokens = 0, heads = 0, head_dim = 0;
 };
+
+// Words or shuffles of R labels under one key; see draws.ipp.
+struct Draws {
+  const unsigned char* key = nullptr;   // 32 bytes
+  const unsigned char* info = nullptr;  // what HKDF expands, with the place of a label's segment, layer and head in it
+  int info_bytes = 0, place_at = 0;
+  const uint32_t* labels = nullptr;  // [R, 3]: layer, head, segment
+  int rows = 0, count = 0;           // R; words of a label, or entries of its shuffle
+  int16_t* orders = nullptr;         // [R, count], or null: then words are written
+  int16_t* inverses = nullptr;       // [R, count] or null
+  uint32_t* words = nullptr;         // [R, count]
+};
+constexpr int kMaxInfoBlocks = 8;
 
 struct Attention {
   const void* q = nullptr;  // [N, H, D]
@@ -161,6 +176,7 @@ struct Kernels {
   void (*rope_store)(Pool&, const RopeStore&);
   void (*encode_store)(Pool&, const EncodeStore&);
   void (*decode_heads)(Pool&, const DecodeHeads&);
+  void (*draws)(Pool&, const Draws&);
   void (*attention)(Pool&, const Attention&);
   void (*silu_mul)(Pool&, const SiluMul&);
   void (*layer)(Pool&, const Layer&, const Step&);
@@ -170,9 +186,24 @@ const Kernels* bf16_avx512();  // null when this CPU or compiler lacks the instr
 const Kernels* f32_avx512();
 const Kernels* f32_generic();
 
+// Work that a stream of a GPU calls for when its turn comes (cuLaunchHostFunc), by an address made here.
+struct Job {
+  enum class Kind { kEncode, kDecode, kCopy };
+  Kind kind = Kind::kCopy;
+  const Kernels* kernels = nullptr;
+  EncodeStore encode;
+  DecodeHeads decode;
+  void* to = nullptr;
+  const void* from = nullptr;  // null: zeros are written
+  size_t nbytes = 0;
+  bool once = true;  // else a graph repeats it, and it is never freed
+};
+void run_job(void* job);  // noexcept in effect: it allocates nothing that the first run did not
+
 // Indices are checked before a kernel follows them; each throws std::out_of_range with value and range.
 void check(const RopeStore&);
 void check(const HeadMaps&, int tokens);
+void check(const Draws&);
 void check(const Attention&);
 void check(const Embed&);
 

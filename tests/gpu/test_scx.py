@@ -26,10 +26,13 @@ from engine.scx.attention import Scx, ScxAttention
 from engine.scx.config import ScxConfig
 from engine.scx.errors import OutOfOrder
 from engine.scx.keys import Secret
-from engine.scx.on_device import DeviceSecureSide, Staging
+from engine.scx.on_device import DeviceSecureSide, InStreamSide, Staging
+from engine.scx.on_host import HostSecureSide
+from engine.scx.schemes import maps_of
 from engine.scx.secure import HeadShape
 from engine.scx.sessions import Sessions
-from scripts.gpu_checks import relative
+from scripts.gpu_checks import Bench, relative
+from scripts.gpu_scx_kernels import check_shuffle
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 if not (torch.cuda.is_available() or INTERPRETED):
@@ -43,11 +46,12 @@ STEPS = [[(2, 0, 9), (0, 0, 3)], [(1, 0, 11), (2, 9, 1), (0, 3, 1)], [(2, 10, 1)
          [(2, 12, 1), (1, 12, 1)], [(2, 13, 4), (0, 5, 3), (1, 13, 3)], [(1, 16, 1), (0, 8, 1)]]  # fmt: skip
 
 
-def secure_side(scheme: str, seal: int = 0) -> DeviceSecureSide:
+def secure_side(scheme: str, seal: int = 0, where: type[InStreamSide] = DeviceSecureSide) -> InStreamSide:
     """Both layers encoded, keys fixed."""
-    config = ScxConfig(tuple(range(LAYERS)), str(DEVICE), scheme, seal_tokens=seal)
+    device = "cpu" if where is HostSecureSide else str(DEVICE)
+    config = ScxConfig(tuple(range(LAYERS)), device, scheme, seal_tokens=seal)
     rope = torch.rand(CAPACITY, 2, DIM // 2, generator=torch.Generator().manual_seed(5))
-    return DeviceSecureSide(config, HeadShape(HEADS, GROUPS, DIM, SLOTS, CAPACITY), rope,
+    return where(config, HeadShape(HEADS, GROUPS, DIM, SLOTS, CAPACITY), rope,
                             Secret(bytearray(range(32))), b"test", DEVICE)  # fmt: skip
 
 
@@ -100,14 +104,15 @@ def pieces_of(model: Any, sessions: Sessions) -> PieceGraphs:
     return pieces
 
 
+@pytest.mark.parametrize("where", [DeviceSecureSide, HostSecureSide])
 @pytest.mark.parametrize("seal", [0, SEAL])
 @pytest.mark.parametrize("scheme", ["perm-static", "perm", "rotate", "mix"])
-def test_encoded_layers_equal_plain_ones(scheme: str, seal: int) -> None:
+def test_encoded_layers_equal_plain_ones(scheme: str, seal: int, where: type[InStreamSide]) -> None:
     """Seven steps of prompts and decodes; each way to run a step gives the plain output, and no row in plaintext."""
     shape = (2, SLOTS, CAPACITY, LAYERS, GROUPS, DIM)
     plain_memory = torch.zeros(shape, device=DEVICE)
     plain = decoder(None, plain_memory)
-    side = secure_side(scheme, seal)
+    side = secure_side(scheme, seal, where)
     scx = Scx(side.config, side)
     sessions = Sessions(scx)
     memory = torch.zeros(shape, device=DEVICE)
@@ -145,6 +150,13 @@ def test_encoded_layers_equal_plain_ones(scheme: str, seal: int) -> None:
     assert side.traffic.calls == 2 * LAYERS * len(STEPS)
 
 
+@pytest.mark.parametrize("size", [3, 16, 300])
+def test_blocks_are_shuffled_in_place(size: int) -> None:
+    """As PyTorch does it."""
+    for name, wrong, bound in check_shuffle(Bench(str(DEVICE), torch.float32), size):
+        assert wrong <= bound, name
+
+
 def test_a_replayed_step_is_claimed_once() -> None:
     """The same step twice, one that skips a position, one whose session is gone: nothing of it may be replayed."""
     side = secure_side("perm")
@@ -158,17 +170,20 @@ def test_a_replayed_step_is_claimed_once() -> None:
     assert (side._next[:, 1] == 4).all()  # a refused step counts in no layer
 
 
-def test_maps_travel_once_and_leave_nothing() -> None:
+@pytest.mark.parametrize("where", [DeviceSecureSide, HostSecureSide])
+def test_maps_travel_once_and_leave_nothing(where: type[InStreamSide]) -> None:
     """Opening fills a slot's row and no other; closing clears it, and host memory is clear once it has arrived."""
-    side = secure_side("mix")
+    side = secure_side("mix", where=where)
     side.open(2, b"a" * 16)
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
     assert bool(side._whole[2].any()) and not bool(side._whole[[0, 1, 3]].any())
-    want = side.scheme.maps(side._sessions[2].keys, side.config.layers, GROUPS, DIM)
+    want = maps_of(side.scheme, side._sessions[2].keys, side.config.layers, GROUPS, DIM)
     for place, tables in enumerate(side._tables):
-        assert all(bool((table[2].cpu() == made[place]).all()) for table, made in zip(tables, want, strict=True))
+        assert all(relative(table[2], made[place]) < 1e-6 for table, made in zip(tables, want, strict=True))
     side.close(2)
-    assert not bool(side._whole.any())
     side.shut()
+    assert not bool(side._whole.any())
     assert not side._staging._sent and not any(bool(kept.any()) for kept in side._staging._free)
 
 
@@ -178,7 +193,7 @@ def test_staging_waits_only_when_it_is_full() -> None:
     staging._count = 2
     into = torch.zeros(9, 4, 5, device=DEVICE)
     for i in range(9):
-        staging.send(lambda staged, i=i: staged.fill_(i + 1), into[i])  # type: ignore[misc]
+        staging.send(lambda staged, i=i: staged.fill_(i + 1), into[i].copy_)  # type: ignore[misc]
     assert into[:, 0, 0].tolist() == list(range(1, 10))
     staging.drain()
     assert len(staging._free) <= 2 and not any(bool(kept.any()) for kept in staging._free)

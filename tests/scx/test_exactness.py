@@ -83,8 +83,9 @@ def test_a_wrong_key_gives_garbage(scheme: str, monkeypatch: pytest.MonkeyPatch)
         def mixed_up(self: LocalSecureSide, slot: int, session: Any, wrong: str = wrong) -> None:
             fill(self, slot, session)
             for i, maps in enumerate(self._tables):
-                mixed = getattr(maps, wrong).clone()  # queries' and keys' may be one table
-                mixed[slot] = mixed[slot].roll(1, 0)  # another head's
+                own = getattr(maps, wrong)
+                mixed = self._whole.clone()[:, 0, i].copy_(own)  # queries' and keys' may be one table
+                mixed[slot] = own[slot].roll(1, 0)  # another head's
                 self._tables[i] = maps._replace(**{wrong: mixed})
 
         with monkeypatch.context() as patch:

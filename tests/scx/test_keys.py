@@ -21,12 +21,14 @@ from engine.scx.keys import (
     SessionKeys,
     Stream,
     permutations,
+    permutations_slowly,
     read_root,
     shuffle,
     shuffle_slowly,
 )
 from engine.scx.matrices import CONDITION
-from engine.scx.schemes import Maps, schemes
+from engine.scx.schemes import Maps, maps_of, schemes
+from tessera_kernels import key_draws
 
 LAYERS, HEADS = (0, 5), 3
 
@@ -38,7 +40,7 @@ def session(root: int = 1, nonce: bytes = b"n" * 16, scheme: str = "perm", **nam
 
 def maps(keys: SessionKeys, scheme: str, dim: int = 16) -> Maps:
     """The maps of a scheme."""
-    return schemes[scheme]().maps(keys, LAYERS, HEADS, dim)
+    return maps_of(schemes[scheme](), keys, LAYERS, HEADS, dim)
 
 
 def test_the_derivation_is_fixed() -> None:
@@ -90,6 +92,33 @@ def test_shuffling_many_rows_equals_shuffling_one(size: int, words: list[int]) -
     assert biased or fast.tolist() == slow.tolist()
 
 
+@pytest.mark.parametrize("size", [2, 3, 17, 64, 128, 1 << 15])
+def test_many_labels_at_once_equal_one_by_one(size: int) -> None:
+    """C++ draws what `cryptography` and numpy draw, to the last bit, for more labels than a vector has lanes, for
+    names of any length, and where words are thrown away: of the longest rows every seventeenth or so has one."""
+    keys = session(tenant=b"t", epoch=7, scheme="perm")
+    labels = [Label(layer, head, 5) for layer in range(9) for head in (0, 3, 1 << 31, (1 << 32) - 1)]
+    orders, inverses = (np.empty((len(labels), size), dtype=np.int16) for _ in range(2))
+    for purpose in ("qk", "a longer purpose than a block of SHA-256 has room for beside the other names"):
+        keys.shuffles(purpose, labels, orders, inverses)
+        assert np.array_equal(orders, permutations_slowly(keys, purpose, labels, size))
+        assert (np.take_along_axis(orders, inverses.astype(np.int64), axis=1) == np.arange(size)).all()
+        want = np.stack([keys.stream(purpose, label).words(37) for label in labels])
+        assert np.array_equal(keys.words(purpose, labels, 37), want)
+    if size == 1 << 15:
+        last = np.arange(size, 1, -1, dtype=np.uint64)
+        words = np.stack([keys.stream(purpose, label).words(size - 1) for label in labels])
+        assert (words >= (1 << 32) - (1 << 32) % last).any()  # else nothing was thrown away
+
+
+@pytest.mark.parametrize("scheme", ["perm", "perm-static", "rotate", "mix"])
+def test_maps_do_not_need_the_extension(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without C++ the same maps come out."""
+    want = maps(session(scheme=scheme), scheme)
+    monkeypatch.setattr(key_draws, "available", lambda: False)
+    assert all(torch.equal(a, b) for a, b in zip(maps(session(scheme=scheme), scheme), want, strict=True))
+
+
 def test_a_biased_word_is_drawn_again() -> None:
     """2**32 - 1 would favour small values modulo 3: it must not count, and the next word must."""
     assert shuffle(np.array([[0xFFFFFFFF, 0]], dtype=np.uint32), 3)[0, 0] == -1
@@ -133,11 +162,8 @@ def test_matrices_undo_each_other(scheme: str, dim: int) -> None:
 def test_haar_and_hadamard_rotations_are_spread_out() -> None:
     """An entry's mean is 0 and its variance 1/D, whatever the row and column."""
     for dim in (16, 12):
-        labels = [Label(layer, head) for layer in range(40) for head in range(10)]
-        from engine.scx.matrices import rotations
-
-        made = rotations(session(), "qk", labels, dim)
-        assert made.mean(0).abs().max() < 5 / (dim * len(labels)) ** 0.5
+        made = maps_of(schemes["rotate"](), session(), range(40), 10, dim).k.flatten(0, 1).double()
+        assert made.mean(0).abs().max() < 5 / (dim * 400) ** 0.5
         assert (made.pow(2).mean(0) * dim - 1).abs().max() < 0.5
 
 
@@ -209,5 +235,5 @@ def test_words_are_cleared(monkeypatch: pytest.MonkeyPatch) -> None:
 
     keys = session()
     monkeypatch.setattr(Stream, "fill", watched)
-    permutations(keys, "qk", [Label(0, 0), Label(0, 1)], 16)
+    permutations_slowly(keys, "qk", [Label(0, 0), Label(0, 1)], 16)
     assert len(filled) == 2 and not any(words.any() for words in filled)

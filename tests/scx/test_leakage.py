@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from engine.scx.keys import Scope, Secret, SessionKeys
-from engine.scx.schemes import schemes
+from engine.scx.schemes import maps_of, schemes
 from engine.tokenization import load_tokenizer
 from scripts.scx_attacks import collision, gates, known, link, rows, scores
 from scripts.scx_attacks.capture import PLAIN, Device, Engine
@@ -126,7 +126,7 @@ def test_chance_over_many_keys(model: PublicModel, scheme: str) -> None:
     hits = {"A1": [], "A2": [], "A3": []}  # type: ignore[var-annotated]
     for number in range(8):
         keys = SessionKeys(Secret(bytearray(range(32))), number.to_bytes(16, "big"), Scope(b"tiny", scheme))
-        maps = schemes[scheme]().maps(keys, [0], 2, HEAD_DIM)
+        maps = maps_of(schemes[scheme](), keys, [0], 2, HEAD_DIM)
         v = map_heads(known.v, maps.v, torch.zeros(VOCAB, dtype=torch.int32))
         view = View(Rules(scheme), 0, v, v)
         hits["A1"].append(places(rows.nearest_value(model, view), everyone) < 1)

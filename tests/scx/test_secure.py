@@ -144,24 +144,33 @@ def test_closing_clears_the_tables(scheme: str) -> None:
         secure.open(0, b"c" * 16)
 
 
-@pytest.mark.parametrize("failing", [1, 2])
-def test_an_open_that_fails_leaves_nothing(failing: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An error in the first layer's maps or in the second's: no key, no half-filled table, and the slot is free."""
-    secure, made, held = side(), [], []
-    maps = type(secure.scheme).maps
+@pytest.mark.parametrize("failing", ["shuffles", "make"])
+def test_an_open_that_fails_leaves_nothing(failing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error behind what is drawn, or behind the maps: no key, no half-filled table, and the slot is free."""
+    secure, held, drawn = side(), [], []
+    draw, make, shuffles = type(secure.scheme).draw, type(secure.scheme).make, SessionKeys.shuffles
 
-    def failing_maps(self: Any, keys: SessionKeys, *more: Any) -> Any:
-        made.append(1)
+    def watched_draw(self: Any, keys: SessionKeys, layers: Any, segment: int, into: torch.Tensor) -> None:
         held.append(keys)
-        if len(made) == failing:
-            raise MemoryError("planted")
-        return maps(self, keys, *more)
+        drawn.append(into)
+        draw(self, keys, layers, segment, into)
+
+    def failing_shuffles(self: SessionKeys, *more: Any) -> None:
+        shuffles(self, *more)
+        raise MemoryError("planted")
+
+    def failing_make(self: Any, *more: Any) -> None:
+        make(self, *more)
+        assert drawn[0].any() and secure._whole.any()
+        raise MemoryError("planted")
 
     with monkeypatch.context() as patch:
-        patch.setattr(type(secure.scheme), "maps", failing_maps)
+        patch.setattr(type(secure.scheme), "draw", watched_draw)
+        patch.setattr(*((SessionKeys, "shuffles", failing_shuffles) if failing == "shuffles" else
+                        (type(secure.scheme), "make", failing_make)))  # fmt: skip
         with pytest.raises(MemoryError, match="planted"):
             secure.open(2, b"a" * 16)
-    assert not any(table.any() for maps in secure._tables for table in maps)
+    assert not drawn[0].any() and not secure._whole.any()
     with pytest.raises(InvariantError, match="cleared"):
         _ = held[0]._secret.data
     refused(UnknownSession, "slot 2 has no open session", lambda: turn_encode(secure, 0, batch_of((2, 0, 4))))

@@ -1,0 +1,86 @@
+"""Work of the CPU that stands in a GPU's stream: rows are mapped in C++ when the stream comes to it.
+
+A job is launched like a kernel (cuLaunchHostFunc), so the thread that launches waits for nothing, and a CUDA graph may
+hold it. It reads and writes host memory by addresses, which must stay where they are until it has run: for good where a
+graph holds it. Between a copy from the device and one back, a job is a round trip through the host. Without a device
+(tests) jobs run at once.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+
+from tessera_kernels import native
+from tessera_kernels.native import OPS
+
+
+class Crossing(NamedTuple):
+    """Where N tokens lie on the host: what came (N, ...), what will go back (N, ...), positions and table rows (N,)
+    int32, own (N,) int32: 0..N-1. A token whose table row is outside the tables is left as it was."""
+
+    came: torch.Tensor
+    goes: torch.Tensor
+    positions: torch.Tensor
+    tables: torch.Tensor
+    own: torch.Tensor
+
+
+def available(dtype: torch.dtype) -> bool:
+    """Whether rows of this type can be mapped here."""
+    return dtype in OPS
+
+
+def encode(
+    crossing: Crossing, cos_sin: torch.Tensor, maps: tuple[torch.Tensor, torch.Tensor, torch.Tensor], heads: int,
+    device: torch.device,
+) -> None:  # fmt: skip
+    """Launch head_maps.encode_store's arithmetic: came (N, (H + 2G) * D) of the type of goes or float32, goes the same
+    shape: q, k and v of a token one behind the other. cos_sin (P, 2, D/2) float32; maps as there."""
+    came, goes, positions, tables, own = crossing
+    one, (groups, dim) = maps[0], maps[0].shape[1:3]
+    launch(OPS[goes.dtype].encode_job(
+        came.data_ptr(), goes.data_ptr(), cos_sin.data_ptr(), positions.data_ptr(), tables.data_ptr(), own.data_ptr(),
+        *(each.data_ptr() for each in maps), one.dim() == 4, one.shape[0], one.stride(0), came.shape[0], heads, groups,
+        dim, cos_sin.shape[0], came.dtype is torch.float32 is not goes.dtype, not recording(device)),
+        device)  # fmt: skip
+
+
+def decode(crossing: Crossing, out_map: torch.Tensor, heads: int, device: torch.device) -> None:
+    """Launch head_maps.decode's arithmetic: came and goes (N, H * D)."""
+    came, goes, _, tables, _ = crossing
+    launch(OPS[goes.dtype].decode_job(
+        came.data_ptr(), goes.data_ptr(), tables.data_ptr(), out_map.data_ptr(), out_map.dim() == 4, out_map.shape[0],
+        out_map.stride(0), came.shape[0], heads, *out_map.shape[1:3], not recording(device)), device)  # fmt: skip
+
+
+def copy(to: torch.Tensor, source: torch.Tensor | None, device: torch.device) -> None:
+    """Launch a copy within host memory, or zeros. Both contiguous; not to be recorded."""
+    launch(native.extension().copy_job(to.data_ptr(), 0 if source is None else source.data_ptr(), to.nbytes), device)
+
+
+def recording(device: torch.device) -> bool:
+    """Whether what is launched now goes into a graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def launch(job: int, device: torch.device) -> None:
+    """Put a job into the device's current stream; at once where the device is a CPU. Raises RuntimeError."""
+    extension = native.extension()
+    if device.type == "cpu":
+        extension.run_job(job)
+        return
+    stream = torch.cuda.current_stream(device).cuda_stream
+    status = _driver().cuLaunchHostFunc(stream, extension.job_function(), job)
+    if status:
+        raise RuntimeError(f"cuLaunchHostFunc: CUDA error {status}")
+
+
+@lru_cache(maxsize=1)
+def _driver() -> ctypes.CDLL:
+    library = ctypes.CDLL("libcuda.so.1")
+    library.cuLaunchHostFunc.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p]
+    return library
