@@ -2,9 +2,9 @@
 
 Runs in order: setup, allocator, checks, correctness, attention, products, backends, layer, profile, single, engine,
 long, online, scx, scx-cost, sanitize, soak. Each part is a process of its own with a time budget; its output, a line
-for the table and its JSON are in DIR before the next begins, so a cut-off loses at most one part, and `--from PART` goes on
-where it was cut. What kernel parts measure is put into kernels/tuning/<device>.json, which later parts and the engine
-use; DIR/settings.json is a copy to keep. A part whose packages are missing says which and is passed over.
+for the table and its JSON are in DIR before the next begins, so a cut-off loses at most one part, and `--from PART`
+goes on where it was cut. What kernel parts measure is put into kernels/tuning/<device>.json, which later parts and the
+engine use; DIR/settings.json is a copy to keep. A part whose packages are missing says which and is passed over.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ import torch
 from engine.runner.batch import Batch
 from engine.scx.on_device import InStreamSide, Staging
 from engine.scx.schemes import Maps, map_dtype
-from engine.scx.secure import Session
+from engine.scx.secure import Session, clear
 from tessera_kernels import host_jobs
 
 
@@ -56,9 +56,10 @@ class HostSecureSide(InStreamSide):
             drawn = self.scheme.drawn(len(self.config.layers), self.shape.kv_heads, self.shape.head_dim)
             try:
                 self.scheme.draw(session.keys, self.config.layers, 0, drawn)
-                self.scheme.make(drawn, staged)
+                with torch.inference_mode():  # as what is staged may have been made
+                    self.scheme.make(drawn, staged)
             finally:
-                drawn.zero_()
+                clear((drawn,))
 
         self._staging.send(derive, lambda staged: host_jobs.copy(self._whole[slot], staged, self.compute))
 
