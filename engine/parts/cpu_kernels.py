@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -56,7 +57,7 @@ class CpuHead:
 class CpuLayer:
     """A whole decoder layer as one call of the C++ kernels."""
 
-    fused: DecoderLayer
+    fused: Callable[[torch.Tensor, Batch], object]
 
     def __call__(self, hidden: torch.Tensor, batch: Batch) -> None:
         """See Layer."""
