@@ -195,16 +195,18 @@ def make_store(
     geometry = geometry_of(spec, config, dtype)
     caps = backends[choice.prefill].caps
     if not caps.paged:
+        anchors = int(device.type == "cuda")  # see SlotStore
+        geometry = dataclasses.replace(geometry, slots=geometry.slots + anchors)
         allocator = KvAllocator(
             geometry,
             driver=config.kv_driver,
             device=device.index or 0,
-            pool_groups=pool_groups,
+            pool_groups=pool_groups + anchors,
             release_after_s=config.kv_release_after_s,
             floor_groups=config.kv_floor_groups,
             stock_groups=min(pool_groups // 8, STOCK_BYTES // geometry.group_bytes) if device.type == "cuda" else 0,
         )
-        return SlotStore(geometry, allocator, dtype, clear=config.kv_clear)
+        return SlotStore(geometry, allocator, dtype, clear=config.kv_clear, anchor=bool(anchors))
     if device.type == "cuda" and config.kv_pool_bytes is None and config.kv_pool_groups is None:
         raise ConfigError(
             f"--attention-backend {choice.prefill} allocates its whole pool before the model is loaded, so its size "

@@ -128,7 +128,7 @@ def prepare_gpu(
         spare_bytes = int(total_bytes * (1 - config.gpu_memory_utilization))
         pool_groups = min(pool_groups, max(1, (free_bytes - spare_bytes) // geometry.group_bytes))
     log.info("KV pool of %d groups, %d MiB", pool_groups, pool_groups * geometry.group_bytes >> 20)
-    store.allocator.set_limit(pool_groups)
+    store.set_limit(pool_groups)
     return pool_groups
 
 

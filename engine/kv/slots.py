@@ -19,16 +19,22 @@ class SlotStore:
     """KvStore over vattention_ext. geometry: the slabs; dtype must have geometry.element_bytes.
 
     clear: a released slot's pages go back to the system at once instead of being kept, so that the next owner of
-    that memory reads zeros (the system clears what it hands out).
+    that memory reads zeros (the system clears what it hands out). anchor: slot 0 keeps its first pages and is never
+    given out, so that the slabs' base addresses are always mapped: Triton asks the driver about every base address that
+    it is given. The geometry has one slot and the allocator one group more for it.
     """
 
     def __init__(
-        self, geometry: KvGeometry, allocator: KvAllocator, dtype: torch.dtype, *, clear: bool = False
-    ) -> None:
+        self, geometry: KvGeometry, allocator: KvAllocator, dtype: torch.dtype, *, clear: bool = False,
+        anchor: bool = False,
+    ) -> None:  # fmt: skip
         if dtype.itemsize != geometry.element_bytes:
             raise InvariantError(f"dtype {dtype} is not {geometry.element_bytes} bytes wide")
         self.geometry, self.allocator, self._dtype, self._clear = geometry, allocator, dtype, clear
         self._slot: dict[int, int] = {}
+        self._anchors = int(anchor)
+        if anchor and (allocator.acquire(1) != 0 or allocator.ensure(0, 1) is not None):
+            raise InvariantError("a fresh allocator did not give slot 0 and its first pages")
         self._known: dict[int, int] = {}  # tokens that came with the admission: as far as prompts will run
         self._flat = [torch.from_dlpack(region).view(dtype) for region in allocator.regions]
 
@@ -115,15 +121,15 @@ class SlotStore:
 
     def set_limit(self, groups: int) -> None:
         """See KvStore."""
-        self.allocator.set_limit(groups)
+        self.allocator.set_limit(groups + self._anchors)
 
     def stats(self) -> dict[str, int]:
         """See KvStore."""
         stats = self.allocator.stats()
         return {
-            "kv_slots_active": stats.active_slots,
-            "kv_groups_total": stats.total_groups,
-            "kv_groups_in_use": stats.in_use_groups,
+            "kv_slots_active": stats.active_slots - self._anchors,
+            "kv_groups_total": stats.total_groups - self._anchors,
+            "kv_groups_in_use": stats.in_use_groups - self._anchors,
             "kv_groups_kept": stats.kept_groups,
             "kv_groups_look_ahead": stats.look_ahead_groups,
             "kv_mapped_bytes": stats.mapped_bytes,

@@ -85,3 +85,26 @@ def settled(allocator: KvAllocator) -> int:
         assert time.perf_counter() < deadline
         time.sleep(0.001)
     return allocator.mapped_tokens(0)
+
+
+@pytest.mark.parametrize("layout", ["mega", "per_layer"])
+def test_an_anchored_store_keeps_its_first_pages_and_counts_without_them(layout: str) -> None:
+    """The base of every plane can be read when nobody holds memory, and slot 0 goes to nobody."""
+    geometry = KvGeometry(
+        layers=2, kv_heads=2, head_dim=16, element_bytes=4, max_tokens=256, slots=3, page_bytes=4096, layout=layout
+    )
+    groups = geometry.groups_for(TOKENS)
+    allocator = KvAllocator(geometry, pool_groups=groups + 1)
+    store = SlotStore(geometry, allocator, torch.float32, anchor=True)
+    assert not store.apply(step(0, admit=1)) and store.slot_of(1) != 0
+    assert store.apply(step(1, admit=2)) == {2}  # the whole pool is the first one's
+    counts = store.stats()
+    assert (counts["kv_slots_active"], counts["kv_groups_in_use"], counts["kv_groups_total"]) == (1, groups, groups)
+    assert not store.apply(step(2, release=1))
+    allocator.reclaim(0)
+    store.set_limit(1)
+    assert store.stats()["kv_groups_in_use"] == 0 and store.stats()["kv_groups_total"] == 1
+    for layer in range(2):
+        for view in store.layer_views(layer):
+            assert bool(view[0, 0].isfinite().all())  # a page that is not mapped would end the process
+    store.close()
