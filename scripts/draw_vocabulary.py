@@ -1,7 +1,7 @@
 """The picture of docs/experiments/adaptivocab.md from its JSON files: `python -m scripts.draw_vocabulary FILES`.
 
-It draws what `scripts.vocabulary_experiment` wrote and computes nothing but ratios to 1 character. Files of one
-domain, from several devices, make one row; of the first that has them its bits per byte are drawn.
+It draws what `scripts.vocabulary_experiment` wrote and computes nothing but ratios. Files of one domain, from
+several devices, make one row; of the first that has them its bits per byte are drawn.
 """
 
 from __future__ import annotations
@@ -57,32 +57,39 @@ def draw_bits(axes: Any, result: dict[str, Any]) -> None:
 
 
 def draw_costs(axes: Any, results: list[dict[str, Any]]) -> None:
-    """What a character costs with the patched vocabulary, of the plain one's, on each device."""
+    """What a character costs with the patched vocabulary, of the plain one's, on each device. Of seconds: the median of
+    the runs' ratios, with the smallest and the largest."""
     keys = {"tokens in": "tokens_per_char_in", "tokens out": "tokens_per_char_out", "KV bytes": "kv_bytes_per_char"}
     width = 0.8 / len(results)
     for index, result in enumerate(results):
         plain, patched = (result["serving"][name] for name in ("plain, tuned", "patched, tuned"))
-        ratios = [*(patched[key] / plain[key] for key in keys.values()), 1 / result["serving"]["patched over plain"]]
+        seconds = 1 / result["serving"]["patched over plain"]
+        runs = [1 / each for each in result["serving"]["patched over plain, of runs"]]
+        ratios = [*(patched[key] / plain[key] for key in keys.values()), seconds]
         colour, label = DEVICES[result["device"]]
         places = [place + (index - (len(results) - 1) / 2) * width for place in range(len(ratios))]
         axes.bar(places, ratios, width, color=colour, label=label)
-        for place, ratio in zip(places, ratios, strict=True):
-            axes.text(place, ratio + 0.02, f"{ratio:.2f}", ha="center", fontsize=8 if len(results) == 1 else 7)
+        axes.errorbar(places[-1], seconds, [[seconds - min(runs)], [max(runs) - seconds]], color="black", capsize=3)
+        for place, ratio, top in zip(places, ratios, [*ratios[:-1], max(runs)], strict=True):
+            axes.text(place, top + 0.02, f"{ratio:.2f}", ha="center", fontsize=8 if len(results) == 1 else 7)
     axes.axhline(1, color=PLAIN, linewidth=1.5)
     axes.set_xticks(range(len(keys) + 1), [*keys, "seconds"], fontsize=8)
-    axes.set_ylim(0, 1.25)
+    axes.set_ylim(0, 1.3)
     axes.legend(fontsize=8, ncols=len(results), loc="upper left")
     axes.set_title("per character, plain = 1", fontsize=10)
 
 
 def draw_training(axes: Any, result: dict[str, Any]) -> None:
-    """Held-out bits per byte over the text that was read."""
+    """Held-out bits per byte over passes of the text; dashed, the mean of the training text in each pass."""
     for name, colour in (("plain, tuned", PLAIN), ("patched, tuned", PATCHED)):
         run = result["training"][name]
-        megabytes = run["corpus_utf8_bytes"] / run["steps"] / 1e6
-        points = [(row["step"] * megabytes, row["bits_per_byte"]) for row in run["evaluations"]]
+        passes = run["settings"]["epochs"]
+        points = [(row["step"] / run["steps"] * passes, row["bits_per_byte"]) for row in run["evaluations"]]
         axes.plot(*zip(*points, strict=True), "o-", color=colour, label=name.split(",")[0])
-    axes.set_xlabel("MB of text read", fontsize=8)
+        means = run["training_bits_per_byte_of_passes"]
+        ends = [min(passes, index + 1) for index in range(len(means))]
+        axes.stairs(means, [0, *ends], color=colour, linestyle="--", baseline=None)
+    axes.set_xlabel("passes; dashed: training text, mean of a pass", fontsize=8)
     axes.legend(fontsize=8)
     axes.set_title("bits per byte while tuning", fontsize=10)
 

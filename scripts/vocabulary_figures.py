@@ -6,6 +6,7 @@ as its users run it; everything else is counting. It trains nothing and draws no
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 import statistics
@@ -73,10 +74,19 @@ def prompts_of(documents: list[str], count: int) -> list[str]:
 
 
 def training_facts(folder: Path) -> dict[str, Any]:
-    """Settings and course of the fine-tuning."""
+    """Settings and course of the fine-tuning: held-out bits per byte, and those of the training text by pass."""
     found = json.loads((folder / "training" / "run.json").read_text("utf-8"))
-    return {key: found[key] for key in ("settings", "steps", "documents", "corpus_tokens", "corpus_utf8_bytes",
-                                        "learning_parameters", "evaluations")}  # fmt: skip
+    with (folder / "training" / "loss.csv").open(encoding="utf-8", newline="") as file:
+        bits = [float(row["bits_per_byte"]) for row in csv.DictReader(file)]
+    facts = {key: found[key] for key in ("settings", "steps", "documents", "corpus_tokens", "corpus_utf8_bytes",
+                                         "learning_parameters", "evaluations")}  # fmt: skip
+    return {**facts, "training_bits_per_byte_of_passes": means_of_passes(bits, found["settings"]["epochs"])}
+
+
+def means_of_passes(values: list[float], passes: float) -> list[float]:
+    """The mean over the updates of each pass. passes: of the whole; the last one may be cut."""
+    updates = max(1, round(len(values) / passes))
+    return [statistics.fmean(values[begin : begin + updates]) for begin in range(0, len(values), updates)]
 
 
 def score(model: Path, documents: list[str], device: str) -> list[float]:

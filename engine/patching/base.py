@@ -54,6 +54,14 @@ class BaseVocabulary:
         return 0 <= token < len(self.strings) and self.strings[token] is not None
 
 
+def base_folder(name: str, progress: bool = True) -> Path:
+    """A folder as it is: a tokenizer needs no model around it. Anything else names a model. Raises as resolve_model."""
+    from engine.loading.resolve import resolve_model
+
+    folder = Path(name).expanduser()
+    return folder if folder.is_dir() else resolve_model(name, progress=progress)
+
+
 def load_base(folder: str | Path) -> BaseVocabulary:
     """The base vocabulary of a tokenizer folder. Raises LoadError as load_tokenizer does."""
     from engine.tokenization.hf import load_base_tokenizer

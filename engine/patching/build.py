@@ -21,10 +21,9 @@ import tokenizers
 from tqdm import tqdm
 
 from engine.core.errors import ConfigError
-from engine.loading.resolve import resolve_model
 from engine.patching import artefact as artefacts
 from engine.patching.appended import collect_words, extend_definition, learn_merges
-from engine.patching.base import BaseVocabulary, base_of
+from engine.patching.base import BaseVocabulary, base_folder, base_of
 from engine.patching.corpus import (
     DOCUMENT_RULES,
     Deduplicator,
@@ -370,7 +369,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Build as the flags say and print the table. Returns the exit status."""
     options = Options(
-        base=_base_folder(args.base, not args.no_progress), corpus=tuple(args.corpus),
+        base=base_folder(args.base, not args.no_progress), corpus=tuple(args.corpus),
         num_tokens=args.num_tokens, max_n=args.max_n,
         within_word=args.within_word, kind=args.kind, held_out=tuple(args.held_out),
         held_out_fraction=args.held_out_fraction, ood=_domains(args.ood), documents=args.documents,
@@ -384,12 +383,6 @@ def run(args: argparse.Namespace) -> int:
     print("dead n-grams: " + ", ".join(f"{name} {count}" for name, count in report["dead_ngrams"].items()))
     print(f"worst case: {report['rho_max']} tokens for one of the base's; written to {args.out}")
     return 0
-
-
-def _base_folder(name: str, progress: bool) -> Path:
-    """A folder as it is: a tokenizer needs no model around it. Anything else names a model."""
-    folder = Path(name).expanduser()
-    return folder if folder.is_dir() else resolve_model(name, progress=progress)
 
 
 def _domains(groups: Sequence[Sequence[str]]) -> dict[str, tuple[Path, ...]]:

@@ -8,7 +8,7 @@ from collections import Counter
 from pathlib import Path
 
 from engine.patching.artefact import read
-from engine.patching.base import load_base
+from engine.patching.base import base_folder, load_base
 from engine.patching.errors import MissingFile
 from engine.patching.invariants import dead_ngrams
 from engine.patching.place import find
@@ -17,7 +17,8 @@ from engine.patching.place import find
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `inspect`."""
     parser.add_argument("patch", type=Path, metavar="DIR", help="an artefact, or a model folder with one")
-    parser.add_argument("--base", type=Path, metavar="DIR", help="tokenizer it was built on (default: DIR's own)")
+    parser.add_argument("--base", metavar="TOKENIZER", help="what it was built on: folder with tokenizer.json, .gguf "
+                        "file or hub id (default: DIR's own)")
     parser.add_argument("--ngrams", type=int, default=20, metavar="N", help="n-grams to spell out (default 20)")
 
 
@@ -26,8 +27,8 @@ def run(args: argparse.Namespace) -> int:
     place = find(args.patch)
     if place is None:
         raise MissingFile(f"{args.patch}: holds no artefact (patch.json)")
-    folder = args.base or args.patch
-    base = load_base(folder) if (folder / "tokenizer.json").is_file() else None
+    folder = base_folder(args.base) if args.base else args.patch
+    base = load_base(folder) if args.base or (folder / "tokenizer.json").is_file() else None
     artefact = read(place, base=base)
     dead = dead_ngrams(artefact.ngrams if artefact.kind == "patch" else (), artefact.removed)
     facts = {

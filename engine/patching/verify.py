@@ -26,7 +26,7 @@ from engine.core.clock import MonotonicClock, wall_s
 from engine.core.errors import ConfigError
 from engine.core.growth import HISTORY
 from engine.patching.artefact import read, write
-from engine.patching.base import load_base
+from engine.patching.base import base_folder, load_base
 from engine.patching.corpus import read_documents
 from engine.patching.errors import ArtefactError
 from engine.patching.invariants import dead_ngrams
@@ -127,11 +127,11 @@ def _vector_merger(given: Mapping[str, Any]) -> tuple[Merger, dict[str, int], li
                    range(len(id_of), len(id_of) + len(ngrams)), kept), id_of, ngrams)
 
 
-def speed(base_folder: Path, patch: Path, texts: Sequence[str], repeats: int = REPEATS) -> dict[str, float]:
+def speed(folder: Path, patch: Path, texts: Sequence[str], repeats: int = REPEATS) -> dict[str, float]:
     """Seconds to encode the texts one by one, the base tokenizer's own encode and ours, alternating; the median of
     the repeats' ratios is `ratio` (ours in parts of the base's speed)."""
-    plain, _ = load_base_tokenizer(base_folder)
-    patched = load_patched(base_folder, patch)
+    plain, _ = load_base_tokenizer(folder)
+    patched = load_patched(folder, patch)
     clock = MonotonicClock()
     rows = []
     for _ in range(repeats):
@@ -148,7 +148,8 @@ def speed(base_folder: Path, patch: Path, texts: Sequence[str], repeats: int = R
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `verify`."""
     parser.add_argument("patch", nargs="?", type=Path, metavar="DIR", help="an artefact, or a model folder with one")
-    parser.add_argument("--base", type=Path, metavar="DIR", help="tokenizer it was built on (default: DIR's own)")
+    parser.add_argument("--base", metavar="TOKENIZER", help="what it was built on: folder with tokenizer.json, .gguf "
+                        "file or hub id (default: DIR's own)")
     parser.add_argument("--against", type=Path, metavar="DIR", help="compare with the reference data of DIR")
     parser.add_argument("--text", type=Path, nargs="+", default=[], metavar="FILE",
                         help="texts that must survive encode and decode as the base leaves them")
@@ -185,7 +186,7 @@ def measure_domain(args: argparse.Namespace) -> None:
     assert patch is not None
     if not (args.text or args.emitted):
         raise ConfigError("--domain needs --text FILES or --emitted FILES to measure")
-    tokenizer = load_patched(args.base or args.patch, patch)
+    tokenizer = load_patched(base_folder(args.base) if args.base else args.patch, patch)
     # A removed token becomes its parts; a model may spell a base token with any tokens, each of a byte at least.
     most = {STATISTICS: rho_max_in(tokenizer.artefact),
             STATISTICS_OUT: tokenizer.base.max_token_bytes}  # fmt: skip
@@ -235,21 +236,24 @@ def _verify_artefact(args: argparse.Namespace) -> bool:
     patch = find(args.patch)
     if patch is None:
         raise ArtefactError(f"{args.patch}: holds no artefact (patch.json)")
-    base_folder = args.base or args.patch
-    if not (base_folder / "tokenizer.json").is_file():
+    folder = base_folder(args.base) if args.base else args.patch
+    if not args.base and not (folder / "tokenizer.json").is_file():
+        if args.text or args.emitted or args.speed:
+            raise ConfigError(f"{folder}: holds no tokenizer.json, and --text, --emitted and --speed need the base: "
+                              "give --base")
         artefact = read(patch)
         print(f"{patch}: the numbers fit ({artefact.vocab_size} ids); give --base to check what they spell")
         return False
-    artefact = read(patch, base=load_base(base_folder))
+    artefact = read(patch, base=load_base(folder))
     dead = dead_ngrams(artefact.ngrams, artefact.removed) if artefact.kind == "patch" else dead_ngrams(())
     print(f"{patch}: every invariant holds ({artefact.vocab_size} ids, {len(artefact.removed)} removed, "
           f"{len(artefact.ngrams)} n-grams, {len(dead.removed_piece)} with a removed piece, "
           f"{len(dead.prefix_dominated)} behind a prefix)")
-    texts = [document for file in args.text for document in file.read_text("utf-8", "replace").split("\n\n")]
+    texts = list(read_documents(args.text, "paragraph")) if args.text else []
     failed = False
     if texts:
-        plain, _ = load_base_tokenizer(base_folder)
-        patched = load_patched(base_folder, patch)
+        plain, _ = load_base_tokenizer(folder)
+        patched = load_patched(folder, patch)
         lost = sum(patched.decode(patched.encode(text, False)) != plain.decode(plain.encode(text, False))
                    for text in texts)
         print(f"{len(texts)} texts: {lost} decode otherwise than the base's own ids")
@@ -257,5 +261,5 @@ def _verify_artefact(args: argparse.Namespace) -> bool:
     if args.speed:
         if not texts:
             raise ConfigError("--speed needs --text FILE")
-        print(json.dumps(speed(base_folder, patch, texts)))
+        print(json.dumps(speed(folder, patch, texts)))
     return failed

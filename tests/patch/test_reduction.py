@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from engine.core.errors import ConfigError, LoadError
+from engine.loading import resolve
 from engine.patching.artefact import read, write
 from engine.patching.base import BaseVocabulary
 from engine.patching.reduction import load_reduction
@@ -54,6 +55,22 @@ def test_verify_measures_and_stores_both_sides(artefact: Path, folders: dict[str
     assert found.base_lengths == tuple(len(tokenizer.base.encode(text, add_special_tokens=False))  # type: ignore[attr-defined]
                                        for text in spelled)
     assert found.out.patched_tokens == sum(len(ids) - 1 for ids in outputs)
+
+
+def test_a_base_is_found_by_any_of_its_names_or_missed_aloud(
+        artefact: Path, folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str]) -> None:
+    """What is no folder is resolved as a model is; texts without any base are an error, not left unread."""
+    monkeypatch.setattr(resolve, "resolve_model", lambda name, progress: {"a-model": folders["bytes"]}[name])
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    flags = ["verify", str(artefact), "--text", str(texts)]
+    assert command.main([*flags, "--base", "a-model", "--speed"]) == 0
+    said = capsys.readouterr().out
+    assert "every invariant holds" in said and f"{len(TEXTS)} texts: 0 decode otherwise" in said and '"ratio"' in said
+    assert command.main(["inspect", str(artefact), "--base", "a-model"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) > 12  # its n-grams are spelled out
+    assert command.main(flags) == 2 and "give --base" in capsys.readouterr().err
 
 
 def test_nothing_is_invented(artefact: Path) -> None:

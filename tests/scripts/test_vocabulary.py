@@ -7,7 +7,7 @@ from dataclasses import asdict
 import pytest
 
 from engine.core.errors import ConfigError
-from scripts.vocabulary_figures import PROMPT_CHARS, compare, prompts_of
+from scripts.vocabulary_figures import PROMPT_CHARS, compare, means_of_passes, prompts_of
 from scripts.vocabulary_sweep import Trial, table, trials_of
 
 DOCUMENTS = [" ".join(f"{name}{index}" for index in range(400)) for name in ("one", "two", "three")] + ["short text"]
@@ -30,6 +30,12 @@ def test_models_are_compared_on_the_same_documents() -> None:
     found = compare(scores, DOCUMENTS)
     assert list(found["patched over plain"].values()) == pytest.approx([1.1] * 3)
     assert found["plain, tuned"]["low"] < found["plain, tuned"]["value"] == sum(plain) / sum(map(len, DOCUMENTS))
+
+
+def test_losses_are_averaged_by_pass() -> None:
+    """A pass that was cut is the mean of what there is of it."""
+    assert means_of_passes([3.0, 1.0, 2.0, 4.0, 7.0], 2.5) == [2.0, 3.0, 7.0]
+    assert means_of_passes([3.0, 1.0], 0.5) == [2.0]
 
 
 def test_a_sweep_tries_both_models() -> None:
