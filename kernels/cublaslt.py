@@ -2,8 +2,9 @@
 
 PyTorch takes the first algorithm that cuBLASLt proposes. On an H200 a later proposal is often 3 to 20 % faster for 64
 to 512 rows, and once almost twice (448 rows of a 28,672 x 4,096 weight: 289 us against 153). Which one it is, is kept
-as its place in the list of proposals, which one version of the library gives in one order on one device. It knows
-nothing of layers. libcublasLt is the one that PyTorch has loaded; where there is none, callers use PyTorch.
+as its place in the list of proposals, which one version of the library gives in one order on one device; or, where a
+search went beyond the proposals, as the numbers that make an algorithm (SETTINGS). It knows nothing of layers.
+libcublasLt is the one that PyTorch has loaded; where there is none, callers use PyTorch.
 """
 
 from __future__ import annotations
@@ -21,6 +22,11 @@ PROPOSALS = 16  # asked for; the library gives about 8
 _COMPUTE_F32, _F32, _TRANSPOSED = 68, 0, 1
 _TYPES = {torch.float32: 0, torch.float16: 2, torch.bfloat16: 14}
 _SET_TRANSPOSE_A, _SET_MOST_WORKSPACE = 3, 1
+_CAN_TILES, _CAN_CUSTOM, _CAN_STAGES = 6, 7, 13
+# number of cublasLtMatmulAlgoConfigAttributes_t -> its bytes; 0, the algorithm's id, is read only
+SETTINGS = {0: 4, 1: 4, 2: 4, 3: 4, 4: 4, 5: 4, 6: 4, 7: 2, 8: 2}
+_TILE, _SPLIT, _CUSTOM, _CLUSTER = 1, 2, 5, 8
+Choice = int | tuple[int, ...]  # a proposal's place, or one number for each of SETTINGS
 
 
 class _Proposal(ctypes.Structure):
@@ -108,11 +114,73 @@ class Product:
         calls.cublasLtMatmulPreferenceDestroy(prefer)
         _check(status, "cublasLtMatmulAlgoGetHeuristic")
         self.proposals = [found[i] for i in range(count.value) if found[i].state == 0]
+        self._types = (_TYPES[dtype], _TYPES[out_dtype])
+        self._made: dict[tuple[int, ...], _Proposal] = {}
         self._one, self._zero = ctypes.c_float(1.0), ctypes.c_float(0.0)
 
-    def __call__(self, x: torch.Tensor, weight: torch.Tensor, y: torch.Tensor, rank: int, *, add: bool) -> None:
+    def settings(self, proposal: _Proposal) -> tuple[int, ...]:
+        """The numbers that make a proposal."""
+        found = []
+        for number, size in SETTINGS.items():
+            value, written = ctypes.c_int32(0), ctypes.c_size_t(0)
+            _check(self._library.calls.cublasLtMatmulAlgoConfigGetAttribute(
+                ctypes.byref(proposal), number, ctypes.byref(value), ctypes.c_size_t(size), ctypes.byref(written),
+            ), "cublasLtMatmulAlgoConfigGetAttribute")  # fmt: skip
+            found.append(value.value)
+        return tuple(found)
+
+    def algorithm(self, settings: tuple[int, ...]) -> _Proposal:
+        """The algorithm of these numbers. Raises LibraryError where this product cannot run by it."""
+        calls, made, kind = self._library.calls, _Proposal(), self._types
+        _check(calls.cublasLtMatmulAlgoInit(self._library.handle, _COMPUTE_F32, _F32, kind[0], kind[0], kind[1],
+                                            kind[1], settings[0], ctypes.byref(made)),
+               "cublasLtMatmulAlgoInit")  # fmt: skip
+        for (number, size), value in list(zip(SETTINGS.items(), settings, strict=True))[1:]:
+            _check(calls.cublasLtMatmulAlgoConfigSetAttribute(
+                ctypes.byref(made), number, ctypes.byref(ctypes.c_int32(value)), ctypes.c_size_t(size),
+            ), "cublasLtMatmulAlgoConfigSetAttribute")  # fmt: skip
+        checked = _Proposal()
+        _check(calls.cublasLtMatmulAlgoCheck(self._library.handle, self._what, self._w, self._x, self._y, self._y,
+                                             ctypes.byref(made), ctypes.byref(checked)),
+               "cublasLtMatmulAlgoCheck")  # fmt: skip
+        if checked.workspace_bytes > WORKSPACE_BYTES:
+            raise LibraryError(f"it wants a workspace of {checked.workspace_bytes} bytes; there are {WORKSPACE_BYTES}")
+        return made
+
+    def tiles(self, proposal: _Proposal) -> list[int]:
+        """The numbers of the tiles that the algorithm of a proposal knows."""
+        written, room = ctypes.c_size_t(0), (ctypes.c_uint32 * 1024)()
+        _check(self._library.calls.cublasLtMatmulAlgoCapGetAttribute(
+            ctypes.byref(proposal), _CAN_TILES, room, ctypes.c_size_t(ctypes.sizeof(room)), ctypes.byref(written),
+        ), "cublasLtMatmulAlgoCapGetAttribute")  # fmt: skip
+        return list(room[: written.value // 4])
+
+    def neighbours(self, settings: tuple[int, ...], tiles: list[int], clusters: list[int], customs: range
+                   ) -> list[tuple[int, ...]]:  # fmt: skip
+        """Algorithms like this one, whole along K, with other tiles, clusters and custom options, that can run."""
+        found = []
+        for tile in tiles:
+            for cluster in clusters:
+                for custom in customs:
+                    changed = list(settings)
+                    changed[_TILE], changed[_SPLIT], changed[_SPLIT + 1] = tile, 1, 0
+                    changed[_CUSTOM], changed[_CLUSTER] = custom, cluster
+                    try:
+                        self.algorithm(tuple(changed))
+                    except LibraryError:
+                        continue
+                    found.append(tuple(changed))
+        return found
+
+    def __call__(self, x: torch.Tensor, weight: torch.Tensor, y: torch.Tensor, choice: Choice, *, add: bool) -> None:
         """y = x W^T, plus y when `add`, on the current stream. All contiguous and of the shapes this was made for."""
-        library, proposal = self._library, self.proposals[rank]
+        library = self._library
+        if isinstance(choice, int):
+            proposal = self.proposals[choice]
+        else:
+            if choice not in self._made:
+                self._made[choice] = self.algorithm(choice)
+            proposal = self._made[choice]
         pointer = ctypes.c_void_p
         _check(library.calls.cublasLtMatmul(
             library.handle, self._what, ctypes.byref(self._one), pointer(weight.data_ptr()), self._w,
@@ -129,26 +197,28 @@ def product(m: int, n: int, k: int, dtype: torch.dtype, out_dtype: torch.dtype) 
 
 
 @cache
-def _ranks(device_name: str) -> dict[str, dict[str, int]]:
-    """{"NxK": {"M": place of the fastest proposal}} measured on this device with the library that is loaded."""
+def _ranks(device_name: str) -> dict[str, dict[str, int | list[int]]]:
+    """{"NxK": {"M": the fastest}} measured on this device with the library that is loaded."""
     from tessera_kernels.triton_support import tuning
 
     table: dict[str, Any] = tuning(device_name).get("library", {})
     return table.get("ranks", {}) if table.get("version") == version() else {}
 
 
-def measured_rank(x: torch.Tensor, rows: int) -> int | None:
-    """The proposal to take for x (M, K) and this many weight rows; None: PyTorch's call is as good, or nobody
+def measured_choice(x: torch.Tensor, rows: int) -> Choice | None:
+    """The algorithm to take for x (M, K) and this many weight rows; None: PyTorch's call is as good, or nobody
     measured."""
     if not x.is_cuda or x.dtype is torch.float32:
         return None
-    return _ranks(torch.cuda.get_device_name(x.device)).get(f"{rows}x{x.shape[1]}", {}).get(str(x.shape[0]))
+    found = _ranks(torch.cuda.get_device_name(x.device)).get(f"{rows}x{x.shape[1]}", {}).get(str(x.shape[0]))
+    return tuple(found) if isinstance(found, list) else found
 
 
 def matmul(
-    x: torch.Tensor, weight: torch.Tensor, rank: int, *, add_to: torch.Tensor | None = None, float_out: bool = False
-) -> torch.Tensor:
-    """x (M, K) -> x W^T, (M, N), of weight (N, K), by proposal number `rank`.
+    x: torch.Tensor, weight: torch.Tensor, choice: Choice, *, add_to: torch.Tensor | None = None,
+    float_out: bool = False,
+) -> torch.Tensor:  # fmt: skip
+    """x (M, K) -> x W^T, (M, N), of weight (N, K), by the algorithm chosen.
 
     add_to (M, N): the product is added in place, rounded once. float_out: float32, not rounded. Raises ValueError for a
     wrong shape, dtype or stride, LibraryError when the library refuses.
@@ -162,5 +232,5 @@ def matmul(
     require(add_to is None or (add_to.shape == (m, n) and add_to.is_contiguous() and add_to.dtype is out_dtype),
             "add_to wants (%d, %d) %s contiguous", m, n, out_dtype)  # fmt: skip
     y = torch.empty((m, n), dtype=out_dtype, device=x.device) if add_to is None else add_to
-    product(m, n, k, x.dtype, out_dtype)(x, weight, y, rank, add=add_to is not None)
+    product(m, n, k, x.dtype, out_dtype)(x, weight, y, choice, add=add_to is not None)
     return y

@@ -79,11 +79,12 @@ class DecodeWorkspace:
     @classmethod
     def make(
         cls, q: torch.Tensor, heads: int, kv_heads: int, dim: int, max_sequences: int, max_tokens: int,
-        config: DecodeConfig | None = None, window: int = 0,
+        config: DecodeConfig | None = None, window: int = 0, sms: int = 0,
     ) -> DecodeWorkspace:  # fmt: skip
-        """A workspace on q's device for batches of up to max_sequences, each of up to max_tokens."""
+        """A workspace on q's device for batches of up to max_sequences, each of up to max_tokens. sms: multiprocessors
+        that the kernel will find free; 0 = all."""
         config = config or measured_config(q, dim)
-        programs = sms_of(q) * config.programs_per_sm
+        programs = (sms or sms_of(q)) * config.programs_per_sm
         ratio = heads // kv_heads
         floats, ints = ({"dtype": dtype, "device": q.device} for dtype in (torch.float32, torch.int32))
         seen = min(max_tokens, window + config.keys) if window else max_tokens

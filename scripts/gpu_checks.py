@@ -289,8 +289,11 @@ def check_backend(bench: Bench, name: str, heads: int = 32, kv_heads: int = 8, d
                 blocks = blocks_of(slab, lengths, 16 * caps.block_multiple)
                 k, v, table = blocks.k, blocks.v, blocks.table.to(bench.device)
                 batch.paged = Paged(table, blocks.table.numpy(), k.shape[1], batch.token_slots, batch.positions)
-            got = backend.attend(q, k, v, batch, window)
-            yield f"{name} {len(chunks)} chunks w{window}", relative(got, want), BOUND[bench.dtype]
+            for beside in (None, 0, 40) if name == "fa_vattn" else (None,):  # decodes after prompts, and beside
+                if beside is not None:
+                    backend.beside = beside  # type: ignore[attr-defined]
+                got = backend.attend(q, k, v, replace(batch), window)
+                yield f"{name} {len(chunks)} chunks w{window} {beside}", relative(got, want), BOUND[bench.dtype]
 
 
 def check_tail(bench: Bench, name: str, layout: str, heads: int = 32, kv_heads: int = 8, dim: int = 128) -> Found:

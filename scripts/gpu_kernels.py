@@ -1,7 +1,7 @@
 """Check and time the GPU's kernels: `python -m scripts.gpu_kernels [--sections check,decode,...] [--json PATH]`.
 
 Sections: check (every operation against float64), rows, decode, prefill, gemv, gemm, layer, and of whole backends
-(scripts/gpu_phases.py) phases, paged, sample; scx (encoded layers). Each variant of a kernel
+(scripts/gpu_phases.py) phases, paged, sample, beside; scx (encoded layers). Each variant of a kernel
 is timed in a CUDA graph over rotating buffers; the table prints its speed, its share of the measured ceiling and the
 library beside it. The settings that win go into the JSON file; as kernels/tuning/<device>.json the kernels use them.
 A variant that fails is reported by its error's first line and left out. Shapes are Llama-3-8B's.
@@ -13,6 +13,7 @@ A variant that fails is reported by its error's first line and left out. Shapes 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import math
 import os
@@ -28,10 +29,9 @@ import torch
 import torch.nn.functional as F
 
 from engine.attention.base import backends
-from engine.runner.graphs import graph_sizes
-from engine.runner.pieces import piece_sizes
 from scripts import gpu_checks, gpu_scx_kernels, gpu_timing, gpu_variants
 from scripts.gpu_timing import Report, compiling_only, graph_us, show
+from scripts.gpu_variants import FFN, PRODUCTS, VOCAB, WIDTH, weights_of
 from tessera_kernels import cublaslt, triton_gemm, triton_gemv, triton_support
 from tessera_kernels.triton_argmax import RowArgmax
 from tessera_kernels.triton_attention_decode import DecodeConfig, DecodeWorkspace, attention_decode, line_up
@@ -40,7 +40,7 @@ from tessera_kernels.triton_rmsnorm import rmsnorm
 from tessera_kernels.triton_rope_store import rope_store
 from tessera_kernels.triton_silu_mul import silu_mul
 
-HEADS, KV_HEADS, DIM, WIDTH, FFN, VOCAB, LAYERS = 32, 8, 128, 4096, 14336, 128256, 8
+HEADS, KV_HEADS, DIM, LAYERS = 32, 8, 128, 8
 BF16 = torch.bfloat16
 
 
@@ -277,26 +277,11 @@ def _flash_prefill(s: Session, name: str, q: torch.Tensor, k: torch.Tensor, v: t
                LAYERS, flops=flops, calls=4)  # fmt: skip
 
 
-# name -> (rows that come out, width, gated, one-row options)
-PRODUCTS: dict[str, tuple[int, int, bool]] = {
-    "qkv": (6144, WIDTH, False), "o": (WIDTH, WIDTH, False), "gate_up": (FFN, WIDTH, True),
-    "down": (WIDTH, FFN, False), "head": (VOCAB, WIDTH, False),
-}  # fmt: skip
-
-
-def _weights(s: Session, name: str) -> list[torch.Tensor]:
-    """Enough copies of a weight that none stays in the cache."""
-    rows, width, gated = PRODUCTS[name]
-    total = rows * (2 if gated else 1)
-    copies = max(2, min(8, math.ceil((240 << 20) / (total * width * 2)) + 1))
-    return [s.normal(total, width, scale=width**-0.5) for _ in range(copies)]
-
-
 def section_gemv(s: Session) -> None:
     """One row: the fused endings a layer uses, every setting, with and without an early start."""
     configs = gpu_variants.GEMV[:3] if s.quick else gpu_variants.GEMV
     for name, (rows, width, gated) in PRODUCTS.items():
-        weights, x, norm = _weights(s, name), s.normal(1, width), s.normal(width)
+        weights, x, norm = weights_of(s, name), s.normal(1, width), s.normal(width)
         onto = s.normal(1, rows)
         options: dict[str, Any] = {"gated": gated}
         if name in ("qkv", "gate_up"):
@@ -330,7 +315,7 @@ def section_gemm(s: Session) -> None:
     """2 to 256 rows: every setting that fits, cuBLAS beside; the table gets a setting only where it wins by 2 %."""
     sizes = (16, 128) if s.quick else (4, 16, 32, 64, 128, 192, 256)
     for name, (rows, width, gated) in PRODUCTS.items():
-        weights = _weights(s, name)
+        weights = weights_of(s, name)
         table: dict[str, Any] = {}
         for m in sizes:
             if name == "head" and m in (4, 32, 192):
@@ -358,12 +343,12 @@ def section_gemm(s: Session) -> None:
                     us += config.parts * m * rows * 4 / 3e6  # what the reader pays, about 3 TB/s from the cache
                 best = min(best, (us, config), key=lambda pair: pair[0])
 
-            rank = cublaslt.measured_rank(x, weights[0].shape[0])
+            choice = cublaslt.measured_choice(x, weights[0].shape[0])
 
-            def library(i: int, x=x, onto=onto, w=weights, name=name, gated=gated, rank=rank) -> object:
-                if rank is not None:
+            def library(i: int, x=x, onto=onto, w=weights, name=name, gated=gated, choice=choice) -> object:
+                if choice is not None:
                     add_to = onto if name in ("o", "down") else None
-                    y = cublaslt.matmul(x, w[i], rank, add_to=add_to, float_out=name == "head")
+                    y = cublaslt.matmul(x, w[i], choice, add_to=add_to, float_out=name == "head")
                     return silu_mul(y) if gated else y
                 if name == "head":
                     return torch.mm(x, w[i].t(), out_dtype=torch.float32)
@@ -381,59 +366,6 @@ def section_gemm(s: Session) -> None:
         del weights
 
 
-LIBRARY_ROWS = [m for m in sorted({*graph_sizes(512), *piece_sizes(4096), 8192}) if m >= 16]
-
-
-def section_library(s: Session) -> None:
-    """Every proposal of cuBLASLt for every number of rows that the engine pads to, PyTorch's own call beside them; the
-    table gets the fastest where it wins by 1 %."""
-    if s.compile_only:
-        return
-    if cublaslt.version() is None:
-        print("  cuBLASLt cannot be used here", flush=True)
-        return
-    ranks: dict[str, dict[str, int]] = {}
-    for name, (out, width, gated) in PRODUCTS.items():
-        rows = out * 2 if gated else out
-        weights = _weights(s, name)
-        for m in LIBRARY_ROWS[:: 4 if s.quick else 1]:
-            if name == "head" and m > 512:
-                continue
-            x, add = s.normal(m, width), name in ("o", "down")
-            onto = s.normal(m, rows) if add else None
-            float_out = name == "head"
-            product = cublaslt.product(m, rows, width, BF16, torch.float32 if float_out else BF16)
-
-            def ours(i: int, rank: int, w=weights, x=x, onto=onto, float_out=float_out) -> object:
-                return cublaslt.matmul(x, w[i], rank, add_to=onto, float_out=float_out)
-
-            def theirs(i: int, w=weights, x=x, onto=onto, float_out=float_out) -> object:
-                if onto is not None:
-                    return onto.addmm_(x, w[i].t())
-                return torch.mm(x, w[i].t(), out_dtype=torch.float32) if float_out else F.linear(x, w[i])
-
-            options: dict[str, Any] = {"calls": 8, "target_ms": 4.0}
-            library_us = gpu_timing.graph_us(theirs, len(weights), **options)
-            times = [gpu_timing.graph_us(partial(ours, rank=rank), len(weights), **options)
-                     for rank in range(len(product.proposals))]  # fmt: skip
-            if not times:
-                continue
-            best_us = min(times)
-            nbytes, flops = weights[0].numel() * 2 + m * (width + rows) * 2, 2.0 * m * rows * width
-            for variant, us in (("* PyTorch's call", library_us), (f"proposal {times.index(best_us)}", best_us)):
-                s.report.add("library", f"{name} M={m}", variant, us, nbytes, flops)
-            if best_us < 0.99 * library_us:
-                ranks.setdefault(f"{rows}x{width}", {})[str(m)] = times.index(best_us)
-        del weights
-        won = [row for row in s.report.rows if row.section == "library" and row.shape.startswith(f"{name} ")]
-        gains = [theirs.us / ours.us for theirs, ours in zip(won[::2], won[1::2], strict=True)]
-        mean = math.exp(sum(map(math.log, gains)) / len(gains))
-        print(f"  {name}: the best proposal is {mean:.3f} times as fast as PyTorch's call (geometric mean over "
-              f"{len(gains)} sizes; at most {max(gains):.2f})", flush=True)  # fmt: skip
-    s.report.settings["library"] = {"version": cublaslt.version(), "ranks": ranks}
-    cublaslt._ranks.cache_clear()
-
-
 def section_layer(s: Session) -> None:
     """A whole decoder layer, fused, against its floor; with the settings found so far, and with cuBLAS only."""
     from scripts import gpu_layer
@@ -441,20 +373,19 @@ def section_layer(s: Session) -> None:
     gpu_layer.measure(s)
 
 
-def section_backends(which: str) -> Callable[[Session], None]:
-    """A section of scripts/gpu_phases.py."""
+def section_of(file: str, which: str) -> Callable[[Session], None]:
+    """A section that has a file with others."""
     def run(s: Session) -> None:
-        from scripts import gpu_phases
-
-        getattr(gpu_phases, which)(s)
+        getattr(importlib.import_module(f"scripts.{file}"), which)(s)
 
     return run
 
 
 SECTIONS: dict[str, Callable[[Session], None]] = {
     "check": section_check, "rows": section_rows, "decode": section_decode, "prefill": section_prefill,
-    "library": section_library, "gemv": section_gemv, "gemm": section_gemm, "layer": section_layer,
-    **{name: section_backends(name) for name in ("phases", "paged", "sample")},
+    **{name: section_of("gpu_library", name) for name in ("library", "search")},
+    "gemv": section_gemv, "gemm": section_gemm, "layer": section_layer,
+    **{name: section_of("gpu_phases", name) for name in ("phases", "paged", "sample", "beside")},
     "scx": gpu_scx_kernels.measure,
 }  # fmt: skip
 

@@ -1,13 +1,25 @@
-"""The settings that scripts.gpu_kernels tries. What cannot fit a multiprocessor's shared memory is not listed."""
+"""The settings that scripts.gpu_kernels tries, and the products that it tries them on.
+
+What cannot fit a multiprocessor's shared memory is not listed.
+"""
 
 from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
 
 from tessera_kernels.triton_attention_decode import DecodeConfig
 from tessera_kernels.triton_attention_prefill import PrefillConfig
 from tessera_kernels.triton_gemm import GemmConfig
 from tessera_kernels.triton_gemv import GemvConfig
 
+if TYPE_CHECKING:
+    from scripts.gpu_kernels import Session
+
 SHARED_BYTES = 227 << 10
+WIDTH, FFN, VOCAB = 4096, 14336, 128256  # of Llama-3-8B
 
 # keys, rows, warps, stages, programs per multiprocessor
 DECODE = [
@@ -77,3 +89,18 @@ def gemm(rows: int, gated: bool, *, head: bool = False) -> list[GemmConfig]:
         for setting in dict.fromkeys(found)
         if (setting[0] + setting[1] * (2 if gated else 1)) * setting[2] * 2 * setting[5] < SHARED_BYTES - 1024
     ]
+
+
+# name -> (rows that come out, width, gated, one-row options)
+PRODUCTS: dict[str, tuple[int, int, bool]] = {
+    "qkv": (6144, WIDTH, False), "o": (WIDTH, WIDTH, False), "gate_up": (FFN, WIDTH, True),
+    "down": (WIDTH, FFN, False), "head": (VOCAB, WIDTH, False),
+}  # fmt: skip
+
+
+def weights_of(s: Session, name: str) -> list[torch.Tensor]:
+    """Enough copies of a weight that none stays in the cache."""
+    rows, width, gated = PRODUCTS[name]
+    total = rows * (2 if gated else 1)
+    copies = max(2, min(8, math.ceil((240 << 20) / (total * width * 2)) + 1))
+    return [s.normal(total, width, scale=width**-0.5) for _ in range(copies)]

@@ -34,26 +34,27 @@ class DecodeHalf:
         self._kernel = triton_attention_decode
         self._spec, self.scale = spec, spec.head_dim**-0.5
         self.pdl = starts_early()
-        # by window; a graph captured with a workspace goes on using it, so outgrown ones are kept
-        self._workspaces: dict[int, list[tuple[int, DecodeWorkspace]]] = {}
-        self._lined_up: dict[int, Batch] = {}  # by window: the step whose line stands in the workspace
+        # by window and multiprocessors; a graph captured with a workspace goes on using it, so outgrown ones are kept
+        self._workspaces: dict[tuple[int, int], list[tuple[int, DecodeWorkspace]]] = {}
+        self._lined_up: dict[tuple[int, int], Batch] = {}  # likewise: the step whose line stands in the workspace
 
-    def _workspace(self, q: torch.Tensor, sequences: int, max_tokens: int, window: int) -> DecodeWorkspace:
-        made = self._workspaces.setdefault(window, [])
+    def _workspace(self, q: torch.Tensor, sequences: int, max_tokens: int, key: tuple[int, int]) -> DecodeWorkspace:
+        made = self._workspaces.setdefault(key, [])
         if not made or made[-1][0] < sequences:
             room = max(512, 1 << (sequences - 1).bit_length())
-            spec = self._spec
+            spec, (window, sms) = self._spec, key
             made.append((room, self._kernel.DecodeWorkspace.make(q, spec.heads, spec.kv_heads, spec.head_dim, room,
-                                                                 max_tokens, window=window)))  # fmt: skip
-            self._lined_up.pop(window, None)
+                                                                 max_tokens, window=window, sms=sms)))  # fmt: skip
+            self._lined_up.pop(key, None)
         return made[-1][1]
 
     def __call__(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: Batch, window: int, out: torch.Tensor,
-        table: torch.Tensor | None = None,
+        table: torch.Tensor | None = None, sms: int = 0,
     ) -> None:  # fmt: skip
         """Rows behind batch.num_prefill_tokens, one a sequence, into the same rows of out (N, H * D). table: of
-        blocks, where k and v are such. A step's layers bring the same Batch, another step another one."""
+        blocks, where k and v are such. sms: multiprocessors to use, the others being busy; 0 = all. A step's layers
+        bring the same Batch, another step another one."""
         tokens, prompts = batch.num_prefill_tokens, len(batch.spans)
         slots, kv_lens = batch.slots[prompts:], batch.kv_lens[prompts:]
         if q.shape[0] - tokens != slots.shape[0]:
@@ -62,12 +63,14 @@ class DecodeHalf:
             )
         if slots.shape[0]:
             most = k.shape[1] if table is None else k.shape[1] * table.shape[1]
-            workspace = self._workspace(q, slots.shape[0], most, window)
-            if self._lined_up.get(window) is not batch:
+            key = (window, sms)
+            workspace = self._workspace(q, slots.shape[0], most, key)
+            if self._lined_up.get(key) is not batch:
                 self._kernel.line_up(slots, kv_lens, workspace)
-                self._lined_up[window] = batch
-            self._kernel.attention_decode(q[tokens:], k, v, self.scale, workspace, out=out[tokens:],
-                                          pdl=self.pdl and slots.shape[0] >= EARLY_SEQUENCES, table=table)  # fmt: skip
+                self._lined_up[key] = batch
+            early = self.pdl and not sms and slots.shape[0] >= EARLY_SEQUENCES
+            self._kernel.attention_decode(q[tokens:], k, v, self.scale, workspace, out=out[tokens:], pdl=early,
+                                          table=table)  # fmt: skip
 
 
 def cuda_missing() -> str | None:

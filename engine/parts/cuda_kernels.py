@@ -44,9 +44,9 @@ class CudaLinear:
             return self._gemm.gemm(
                 x, self.weight, self.bias, config=config, add_to=add_to, float_out=self.float_out, pdl=self.pdl
             )
-        rank = self._library.measured_rank(x, self.weight.shape[0]) if self.bias is None else None
-        if rank is not None:
-            return self._library.matmul(x, self.weight, rank, add_to=add_to, float_out=self.float_out)
+        choice = self._library.measured_choice(x, self.weight.shape[0]) if self.bias is None else None
+        if choice is not None:
+            return self._library.matmul(x, self.weight, choice, add_to=add_to, float_out=self.float_out)
         if add_to is not None and self.bias is None:
             return add_to.addmm_(x, self.weight.t())
         if add_to is not None:
