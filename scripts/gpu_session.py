@@ -1,10 +1,9 @@
 """One command for a GPU that is here for a short while: `python -m scripts.gpu_session --out DIR [--from PART]`.
 
-Runs in order: setup, allocator, checks, correctness, attention, products, backends, layer, profile, single, engine,
-long, online, scx, scx-cost, sanitize, soak. Each part is a process of its own with a time budget; its output, a line
-for the table and its JSON are in DIR before the next begins, so a cut-off loses at most one part, and `--from PART`
-goes on where it was cut. What kernel parts measure is put into kernels/tuning/<device>.json, which later parts and the
-engine use; DIR/settings.json is a copy to keep. A part whose packages are missing says which and is passed over.
+Runs in the order of PARTS. Each part is a process of its own with a time budget; its output, a line for the table and
+its JSON are in DIR before the next begins, so a cut-off loses at most one part, and `--from PART` goes on where it was
+cut. What kernel parts measure is put into kernels/tuning/<device>.json, which later parts and the engine use;
+DIR/settings.json is a copy to keep. A part whose packages are missing says which and is passed over.
 """
 
 from __future__ import annotations
@@ -44,7 +43,10 @@ class Part:
 
 KERNELS = ("torch", "triton", "numpy")
 ENGINE = (*KERNELS, "tqdm")
+SERVER = (*ENGINE, "fastapi", "uvicorn", "zmq")
 SHAPE = ("--shape", "llama3-8b", "--device", "cuda")
+ONLINE = ("--runs", "1", "--workload", "online_mixed", "--chunk-size", "2048", "--tbt-target-ms", "19.5",
+          "--tbt-bound-ms", "31.5", "--prompt-order", "shortest")  # fmt: skip
 PARTS = (
     Part("setup", 240, needs=()),
     Part("allocator", 90, "scripts.gpu_allocator"),
@@ -55,12 +57,18 @@ PARTS = (
     Part("backends", 200, "scripts.gpu_kernels", ("--sections", "phases,beside,sample,paged"), KERNELS, True),
     Part("layer", 100, "scripts.gpu_kernels", ("--sections", "layer,rows"), KERNELS, True),
     Part("profile", 120, "scripts.gpu_profile", (), ENGINE),
-    Part("single", 100, "scripts.bench", ("latency", *SHAPE, "--runs", "3", "--workload", "single_stream"), ENGINE),
-    Part("engine", 300, "scripts.bench", ("throughput", *SHAPE, "--runs", "1", "--max-num-seqs", "512", "--workload",
-                                          "decode_heavy,offline_chat"), ENGINE),
-    Part("long", 150, "scripts.bench", ("throughput", *SHAPE, "--runs", "1", "--chunk-size", "2048", "--workload",
-                                        "offline_long"), ENGINE),
-    Part("online", 120, "scripts.bench", ("serve", *SHAPE, "--runs", "1"), ENGINE),
+    Part("single", 60, "scripts.bench", ("latency", *SHAPE, "--runs", "3", "--workload", "single_stream"), ENGINE),
+    Part("offline", 180, "scripts.bench", ("throughput", *SHAPE, "--runs", "2", "--chunk-size", "8192", "--workload",
+                                           "decode_heavy,offline_chat,offline_long"), ENGINE),
+    *(Part(f"online-{rate}", 75, "scripts.bench", ("serve", *SHAPE, *ONLINE, "--rate", rate), ENGINE)
+      for rate in ("8", "12")),
+    *(Part(f"http-{rate}", 90, "scripts.bench", ("serve", *SHAPE, *ONLINE, "--rate", rate, "--http"), SERVER)
+      for rate in ("8", "12")),
+    Part("startup", 120, "scripts.bench", ("startup", *SHAPE, "--runs", "2"), SERVER),
+    *(Part(shape, 90, "scripts.bench", ("throughput", "--shape", shape, "--device", "cuda", "--runs", "1",
+                                        "--chunk-size", "4096", "--workload", "1x512+256,decode_heavy,offline_chat"),
+           ENGINE)
+      for shape in ("llama2-7b", "mistral-7b", "qwen2-1.5b")),
     Part("scx", 150, "scripts.gpu_scx", ("--parts", "kernels,layers,engine", "--budget-s", "130"),
          (*ENGINE, "safetensors", "cryptography")),
     Part("scx-cost", 180, "scripts.gpu_scx", ("--parts", "admission,cost", "--budget-s", "150"),

@@ -43,11 +43,12 @@ def environment(script: str, argv: Sequence[str]) -> dict[str, Any]:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown")
     gpu = said("nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader")
-    changed = said("git", "status", "--porcelain", "--untracked-files=no")
+    travelled = os.environ.get("TESSERA_COMMIT")  # of a tree that was copied without its history
+    changed = None if travelled else said("git", "status", "--porcelain", "--untracked-files=no")
     return {
         "unix_s": int(wall_s()),
         "command_line": shlex.join(["python", "-m", f"scripts.{script}", *argv]),
-        "commit": said("git", "rev-parse", "HEAD"),
+        "commit": travelled or said("git", "rev-parse", "HEAD"),
         "uncommitted_changes": None if changed is None else bool(changed),
         "tessera": __version__,
         "cpu": cpu,
