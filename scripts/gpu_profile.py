@@ -20,11 +20,11 @@ from engine.core.config import EngineConfig
 from engine.core.loop import EngineLoop
 from engine.core.request import Request, SamplingParams
 from scripts.benching.shapes import write_folder
+from scripts.gpu_steps import kernels_of, show_kernels
 
 
 def idle(engine: EngineLoop, sequences: int, steps: int = 40) -> dict[str, Any]:
-    """Where a step's time goes while `sequences` decode: per cent of the time in which no kernel ran, the kernels that
-    took most of the rest (per cent, calls a step)."""
+    """Where a step's time goes while `sequences` decode: see gpu_steps.kernels_of."""
     from torch.profiler import ProfilerActivity, profile
 
     for i in range(sequences):
@@ -40,25 +40,11 @@ def idle(engine: EngineLoop, sequences: int, steps: int = 40) -> dict[str, Any]:
             engine.step()
         seconds = perf_counter() - start
         torch.cuda.synchronize()
-    kernels = sorted((e.time_range.start, e.time_range.end, e.name) for e in seen.events()
-                     if e.device_type == torch.autograd.DeviceType.CUDA)  # fmt: skip
     for i in range(sequences):
         engine.abort(f"idle{i}")
     while engine.has_work:
         engine.step()
-    busy, reached = 0.0, kernels[0][0]
-    share: dict[str, tuple[float, int]] = {}  # kernel -> microseconds, calls
-    for begin, end, name in kernels:
-        busy += max(0.0, end - max(begin, reached))
-        reached = max(reached, end)
-        total, calls = share.get(name, (0.0, 0))
-        share[name] = (total + end - begin, calls + 1)
-    span = reached - kernels[0][0]
-    top = sorted(share.items(), key=lambda item: -item[1][0])[:12]
-    return {
-        "idle_percent": round(100 * (1 - busy / span), 2), "ms_per_step": round(seconds / steps * 1e3, 3),
-        "kernels": {name[:60]: [round(100 * us / span, 1), round(n / steps, 1)] for name, (us, n) in top},
-    }  # fmt: skip
+    return {"ms_per_step": round(seconds / steps * 1e3, 3), **kernels_of(seen, steps)}
 
 
 def main() -> None:
@@ -83,8 +69,7 @@ def main() -> None:
             record[f"{sequences} sequences"] = found = idle(engine, sequences)
             print(f"{sequences} sequences: {found['ms_per_step']} ms a step, no kernel runs in "
                   f"{found['idle_percent']} % of it")  # fmt: skip
-            for name, (percent, calls) in found["kernels"].items():
-                print(f"  {percent:5.1f} % {calls:6.1f} a step  {name}", flush=True)
+            show_kernels(found["kernels"])
             if args.json:
                 args.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         engine.close()

@@ -138,6 +138,12 @@ def kernels_of(seen: Any, steps: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def show_kernels(kernels: dict[str, list[float]]) -> None:
+    """A line a kernel: milliseconds and calls a step."""
+    for name, (ms, calls) in kernels.items():
+        print(f"  {ms:8.3f} ms {calls:7.1f} a step  {name}", flush=True)
+
+
 class Profiled:
     """Wraps engine.step: steps first..last run under the profiler."""
 
@@ -197,8 +203,7 @@ def measure(engine: Opened, workload: Any, window: tuple[int, int] | None, host:
         found["kernels"] = profiled.found
         print(f"steps {window}: {profiled.found['ms_a_step']} ms a step, no kernel runs in "
               f"{profiled.found['idle_percent']} % of it")  # fmt: skip
-        for name, (ms, calls_a_step) in profiled.found["kernels"].items():
-            print(f"  {ms:8.3f} ms {calls_a_step:7.1f} a step  {name}", flush=True)
+        show_kernels(profiled.found["kernels"])
     return found
 
 
