@@ -30,8 +30,9 @@ import torch.nn.functional as F
 
 from engine.attention.base import backends
 from scripts import gpu_checks, gpu_scx_kernels, gpu_timing, gpu_variants
-from scripts.gpu_timing import Report, compiling_only, graph_us, show
-from scripts.gpu_variants import FFN, PRODUCTS, VOCAB, WIDTH, weights_of
+from scripts.gpu_timing import Report, show
+from scripts.gpu_trial import Session
+from scripts.gpu_variants import DIM, FFN, HEADS, KV_HEADS, LAYERS, PRODUCTS, VOCAB, WIDTH, weights_of
 from tessera_kernels import cublaslt, triton_gemm, triton_gemv, triton_support
 from tessera_kernels.triton_argmax import RowArgmax
 from tessera_kernels.triton_attention_decode import DecodeConfig, DecodeWorkspace, attention_decode, line_up
@@ -40,62 +41,7 @@ from tessera_kernels.triton_rmsnorm import rmsnorm
 from tessera_kernels.triton_rope_store import rope_store
 from tessera_kernels.triton_silu_mul import silu_mul
 
-HEADS, KV_HEADS, DIM, LAYERS = 32, 8, 128, 8
 BF16 = torch.bfloat16
-
-
-class Session:
-    """The report, the device, and how variants are tried."""
-
-    def __init__(self, report: Report, device: str, *, compile_only: bool, quick: bool, workers: int) -> None:
-        self.report, self.device, self.compile_only = report, device, compile_only
-        self.quick, self.workers = quick, workers
-
-    def normal(self, *shape: int, scale: float = 1.0, dtype: torch.dtype = BF16) -> torch.Tensor:
-        """Random values on the device; without them where nothing runs."""
-        empty = torch.empty(shape, dtype=dtype, device=self.device)
-        return empty if self.compile_only else empty.normal_(std=scale)
-
-    def ints(self, values: list[int]) -> torch.Tensor:
-        """(len,) int32."""
-        return torch.tensor(values, dtype=torch.int32, device=self.device)
-
-    def compile(self, calls: list[Callable[[], object]]) -> None:
-        """Build what these calls launch, side by side."""
-        began = time.perf_counter()
-        errors: list[BaseException] = []
-        try:
-            with compiling_only(self.workers, errors):
-                for call in calls:
-                    try:
-                        call()
-                    except Exception as error:  # a variant that cannot be built is reported when it is timed
-                        if self.compile_only:
-                            self.report.fail("compile", error)
-        except Exception as error:
-            self.report.fail("compiling side by side", error)
-        for failed in errors:
-            self.report.fail("compile", failed)
-        print(f"  {len(calls)} variants compiled in {time.perf_counter() - began:.1f} s", flush=True)
-
-    def time(self, section: str, shape: str, variant: str, call: gpu_timing.Call, buffers: int, *,
-             nbytes: float = 0, flops: float = 0, calls: int = 0) -> float:  # fmt: skip
-        """Time a variant and record it; infinity where it fails."""
-        if self.compile_only:
-            return math.inf
-        try:
-            us = graph_us(call, buffers, calls=calls, target_ms=8 if self.quick else 20)
-        except Exception as error:
-            self.report.fail(f"{section} {shape} {variant}", error)
-            return math.inf
-        self.report.add(section, shape, variant, us, nbytes, flops)
-        return us
-
-    def show_best(self, section: str, shape: str, ours: int = 3) -> None:
-        """Print the fastest variants of a shape and every library row."""
-        rows = [row for row in self.report.rows if (row.section, row.shape) == (section, shape)]
-        mine = sorted((row for row in rows if not row.variant.startswith("*")), key=lambda row: row.us)
-        show([*mine[:ours], *(row for row in rows if row.variant.startswith("*"))])
 
 
 def section_check(s: Session) -> None:

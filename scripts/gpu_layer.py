@@ -24,7 +24,7 @@ from scripts.gpu_checks import relative
 from tessera_kernels import triton_support
 
 if TYPE_CHECKING:
-    from scripts.gpu_kernels import Session
+    from scripts.gpu_trial import Session
 
 HEADS, KV_HEADS, DIM, WIDTH, FFN, LAYERS = 32, 8, 128, 4096, 14336, 8
 BATCHES = [(1, 768), (16, 1024), (64, 1024), (128, 512), (256, 384)]  # (sequences, tokens cached)

@@ -20,7 +20,7 @@ from scripts.gpu_variants import PRODUCTS, weights_of
 from tessera_kernels import cublaslt
 
 if TYPE_CHECKING:
-    from scripts.gpu_kernels import Session
+    from scripts.gpu_trial import Session
 
 BF16 = torch.bfloat16
 LIBRARY_ROWS = [m for m in sorted({*graph_sizes(512), *piece_sizes(4096), 8192}) if m >= 16]

@@ -25,7 +25,7 @@ from tessera_kernels.triton_argmax import RowArgmax
 from tessera_kernels.triton_sample import edit_logits, sample_rows
 
 if TYPE_CHECKING:
-    from scripts.gpu_kernels import Session
+    from scripts.gpu_trial import Session
 
 HEADS, KV_HEADS, DIM, LAYERS, VOCAB = 32, 8, 128, 8, 128256
 SPEC: Any = SimpleNamespace(heads=HEADS, kv_heads=KV_HEADS, head_dim=DIM)

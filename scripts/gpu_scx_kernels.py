@@ -14,13 +14,14 @@ import torch
 from engine.scx.attention import shuffle_blocks
 from engine.scx.secure import SealOrder
 from scripts.gpu_checks import BOUND, Bench, Found, relative
+from scripts.gpu_variants import DIM, HEADS, KV_HEADS, LAYERS
 from tessera_kernels.head_maps import Rows, decode_reference, encode_reference
 from tessera_kernels.triton_decode_heads import decode_heads
 from tessera_kernels.triton_encode_heads import encode_store
 from tessera_kernels.triton_seal import BlockShuffle
 
 if TYPE_CHECKING:
-    from scripts.gpu_kernels import Session
+    from scripts.gpu_trial import Session
 
 KINDS = ("orders", "matrices")
 SLOTS = 9
@@ -90,7 +91,6 @@ def check_shuffle(bench: Bench, size: int) -> Found:
 def measure(s: Session) -> None:
     """Encoding and decoding of Llama-3-8B's heads beside the plain store: decodes of 1 to 256, chunks of 512, 2048;
     and blocks of 16 tokens of all layers shuffled."""
-    from scripts.gpu_kernels import DIM, HEADS, KV_HEADS, LAYERS
     from tessera_kernels.triton_rope_store import rope_store
 
     width, most = (HEADS + 2 * KV_HEADS) * DIM, 256

@@ -16,10 +16,11 @@ from tessera_kernels.triton_gemm import GemmConfig
 from tessera_kernels.triton_gemv import GemvConfig
 
 if TYPE_CHECKING:
-    from scripts.gpu_kernels import Session
+    from scripts.gpu_trial import Session
 
 SHARED_BYTES = 227 << 10
-WIDTH, FFN, VOCAB = 4096, 14336, 128256  # of Llama-3-8B
+HEADS, KV_HEADS, DIM, WIDTH, FFN, VOCAB = 32, 8, 128, 4096, 14336, 128256  # of Llama-3-8B
+LAYERS = 8  # of a slab: enough that none stays in the cache
 
 # keys, rows, warps, stages, programs per multiprocessor
 DECODE = [
