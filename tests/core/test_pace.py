@@ -16,7 +16,8 @@ from engine.core.policies.sarathi import CONSIDERED
 from engine.core.request import Request, SamplingParams
 from engine.core.scheduler import Scheduler
 from scripts import simulate
-from tests.core.fakes import make_loop, make_request, make_scheduler, run as run_loop
+from tests.core import fakes
+from tests.core.fakes import make_loop, make_request, make_scheduler
 
 
 def test_times_are_learnt_and_followed_when_they_change() -> None:
@@ -111,7 +112,7 @@ def test_a_long_prompt_goes_on_when_a_shorter_one_finds_no_room(groups: int, slo
     loop.add(make_request("long", 1000, 4))
     loop.step()
     loop.add(make_request("short", 100, 4))
-    assert run_loop(loop, max_steps=60).reasons == {"long": "length", "short": "length"}
+    assert fakes.run(loop, max_steps=60).reasons == {"long": "length", "short": "length"}
 
 
 def test_the_shortest_is_sought_among_the_first_who_wait() -> None:
