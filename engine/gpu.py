@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]
 LEAST_CAPABILITY = (8, 0)  # bf16 products and asynchronous copies, which our kernels use
+LEAST_REHEARSED = 2  # tokens of the slot that start-up runs its steps in: the shortest prompt that is none of decodes
 MOST_PIECE_TOKENS = 4096  # a longer step keeps the GPU busy for longer than its launches take
 
 
@@ -104,6 +105,7 @@ def prepare_gpu(
     """
     store, geometry = runner.store, runner.store.geometry
     tokens = min(config.high_chunk_tokens or config.chunk_tokens or geometry.max_tokens, geometry.max_tokens)
+    tokens = max(tokens, LEAST_REHEARSED)
     slot = store.borrow(tokens)
     if runner.scx is not None:
         if not runner.scx.scx.secure.in_stream:

@@ -10,6 +10,7 @@ libcublasLt is the one that PyTorch has loaded; where there is none, callers use
 from __future__ import annotations
 
 import ctypes
+import logging
 from functools import cache
 from typing import Any
 
@@ -17,7 +18,10 @@ import torch
 
 from tessera_kernels.checks import require
 
+log = logging.getLogger(__name__)
+
 WORKSPACE_BYTES = 32 << 20
+ALIGNED_BYTES = 256
 PROPOSALS = 16  # asked for; the library gives about 8
 _COMPUTE_F32, _F32, _TRANSPOSED = 68, 0, 1
 _TYPES = {torch.float32: 0, torch.float16: 2, torch.bfloat16: 14}
@@ -172,15 +176,19 @@ class Product:
                     found.append(tuple(changed))
         return found
 
+    def proposal(self, choice: Choice) -> _Proposal:
+        """The algorithm of a choice. Raises LibraryError where there is none of it."""
+        if isinstance(choice, int):
+            if choice >= len(self.proposals):
+                raise LibraryError(f"proposal {choice} of {len(self.proposals)} is not there")
+            return self.proposals[choice]
+        if choice not in self._made:
+            self._made[choice] = self.algorithm(choice)
+        return self._made[choice]
+
     def __call__(self, x: torch.Tensor, weight: torch.Tensor, y: torch.Tensor, choice: Choice, *, add: bool) -> None:
         """y = x W^T, plus y when `add`, on the current stream. All contiguous and of the shapes this was made for."""
-        library = self._library
-        if isinstance(choice, int):
-            proposal = self.proposals[choice]
-        else:
-            if choice not in self._made:
-                self._made[choice] = self.algorithm(choice)
-            proposal = self._made[choice]
+        library, proposal = self._library, self.proposal(choice)
         pointer = ctypes.c_void_p
         _check(library.calls.cublasLtMatmul(
             library.handle, self._what, ctypes.byref(self._one), pointer(weight.data_ptr()), self._w,
@@ -205,13 +213,45 @@ def _ranks(device_name: str) -> dict[str, dict[str, int | list[int]]]:
     return table.get("ranks", {}) if table.get("version") == version() else {}
 
 
-def measured_choice(x: torch.Tensor, rows: int) -> Choice | None:
-    """The algorithm to take for x (M, K) and this many weight rows; None: PyTorch's call is as good, or nobody
-    measured."""
-    if not x.is_cuda or x.dtype is torch.float32:
+@cache
+def _measured(m: int, n: int, k: int, out_dtype: torch.dtype, device_name: str) -> Choice | None:
+    """The algorithm that the table names for bfloat16, where it can be run here: another driver or device of that name
+    may propose others, and then nobody shall find out in the middle of a request."""
+    found = _ranks(device_name).get(f"{n}x{k}", {}).get(str(m))
+    if found is None:
         return None
-    found = _ranks(torch.cuda.get_device_name(x.device)).get(f"{rows}x{x.shape[1]}", {}).get(str(x.shape[0]))
-    return tuple(found) if isinstance(found, list) else found
+    choice = tuple(found) if isinstance(found, list) else found
+    try:
+        product(m, n, k, torch.bfloat16, out_dtype).proposal(choice)
+    except LibraryError as error:
+        log.warning("the product of %d rows by %dx%d goes to PyTorch: %s", m, n, k, error)
+        return None
+    return choice
+
+
+def forget_table() -> None:
+    """The table is read anew: it was measured just now."""
+    _ranks.cache_clear()
+    _measured.cache_clear()
+
+
+def measured_matmul(
+    x: torch.Tensor, weight: torch.Tensor, *, add_to: torch.Tensor | None = None, float_out: bool = False
+) -> torch.Tensor | None:
+    """matmul() by the algorithm measured for this shape; None, and nothing done, where PyTorch's call is as good, where
+    nobody measured, or where the tensors do not lie as those did that were measured."""
+    if not x.is_cuda or x.dtype is not torch.bfloat16:
+        return None
+    out_dtype = torch.float32 if float_out else x.dtype
+    choice = _measured(x.shape[0], weight.shape[0], x.shape[1], out_dtype, torch.cuda.get_device_name(x.device))
+    if choice is None or not all(map(_lies_well, (x, weight) if add_to is None else (x, weight, add_to))):
+        return None
+    return matmul(x, weight, choice, add_to=add_to, float_out=float_out)
+
+
+def _lies_well(tensor: torch.Tensor) -> bool:
+    """Whether proposals hold for it: the library takes addresses to be multiples of ALIGNED_BYTES unless told."""
+    return tensor.is_contiguous() and tensor.data_ptr() % ALIGNED_BYTES == 0
 
 
 def matmul(

@@ -289,12 +289,10 @@ def section_gemm(s: Session) -> None:
                     us += config.parts * m * rows * 4 / 3e6  # what the reader pays, about 3 TB/s from the cache
                 best = min(best, (us, config), key=lambda pair: pair[0])
 
-            choice = cublaslt.measured_choice(x, weights[0].shape[0])
-
-            def library(i: int, x=x, onto=onto, w=weights, name=name, gated=gated, choice=choice) -> object:
-                if choice is not None:
-                    add_to = onto if name in ("o", "down") else None
-                    y = cublaslt.matmul(x, w[i], choice, add_to=add_to, float_out=name == "head")
+            def library(i: int, x=x, onto=onto, w=weights, name=name, gated=gated) -> object:
+                add_to = onto if name in ("o", "down") else None
+                y = cublaslt.measured_matmul(x, w[i], add_to=add_to, float_out=name == "head")
+                if y is not None:
                     return silu_mul(y) if gated else y
                 if name == "head":
                     return torch.mm(x, w[i].t(), out_dtype=torch.float32)

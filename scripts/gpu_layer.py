@@ -21,7 +21,7 @@ from engine.parts.layer import Attention, GatedMlp, Norm, PreNormLayer
 from engine.parts.torch_kernels import TorchKernels
 from engine.runner.batch import Batch
 from scripts.gpu_checks import relative
-from tessera_kernels import triton_support
+from tessera_kernels import cublaslt, triton_support
 
 if TYPE_CHECKING:
     from scripts.gpu_trial import Session
@@ -104,11 +104,13 @@ def measure(s: Session) -> None:
                 s.report.failures.append(f"WRONG layer {shape} {name}: {error:.3g} > 0.02")
             _time(s, shape, name, layers, hidden, batch)
         triton_support.tuning = lambda name: {}  # type: ignore[assignment]
+        cublaslt.forget_table()
         try:
             _time(s, shape, "* our kernels without a table", variants["settings found"], hidden, batch)
             _time(s, shape, "* PyTorch's kernels, our attention", library, hidden, batch)
         finally:
             triton_support.tuning = found
+            cublaslt.forget_table()
         s.show_best("layer", shape)
 
 

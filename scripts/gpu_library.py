@@ -73,7 +73,7 @@ def library(s: Session) -> None:
         print(f"  {name}: the best proposal is {mean:.3f} times as fast as PyTorch's call (geometric mean over "
               f"{len(gains)} sizes; at most {max(gains):.2f})", flush=True)  # fmt: skip
     s.report.settings["library"] = {"version": cublaslt.version(), "ranks": ranks}
-    cublaslt._ranks.cache_clear()
+    cublaslt.forget_table()
 
 
 SEARCHED = (128, 192, 256, 320, 512, 768, 1024, 2048)
@@ -116,7 +116,7 @@ def search(s: Session) -> None:
             if isinstance(best, tuple) and times[best] < 0.99 * proposed:
                 table["ranks"].setdefault(f"{rows}x{width}", {})[str(m)] = list(best)
         del weights
-    cublaslt._ranks.cache_clear()
+    cublaslt.forget_table()
 
 
 def _roughly_us(call: Call, buffers: int) -> float:

@@ -34,18 +34,18 @@ class DecodeHalf:
         self._kernel = triton_attention_decode
         self._spec, self.scale = spec, spec.head_dim**-0.5
         self.pdl = starts_early()
-        # by window and multiprocessors; a graph captured with a workspace goes on using it, so outgrown ones are kept
-        self._workspaces: dict[tuple[int, int], list[tuple[int, DecodeWorkspace]]] = {}
-        self._lined_up: dict[tuple[int, int], Batch] = {}  # likewise: the step whose line stands in the workspace
+        # by window; a graph captured with a workspace goes on using it, so outgrown ones are kept
+        self._workspaces: dict[int, list[tuple[int, DecodeWorkspace]]] = {}
+        self._lined_up: dict[int, tuple[Batch, int]] = {}  # the step, and its sms, whose line stands in the workspace
 
-    def _workspace(self, q: torch.Tensor, sequences: int, max_tokens: int, key: tuple[int, int]) -> DecodeWorkspace:
-        made = self._workspaces.setdefault(key, [])
+    def _workspace(self, q: torch.Tensor, sequences: int, max_tokens: int, window: int) -> DecodeWorkspace:
+        made = self._workspaces.setdefault(window, [])
         if not made or made[-1][0] < sequences:
             room = max(512, 1 << (sequences - 1).bit_length())
-            spec, (window, sms) = self._spec, key
+            spec = self._spec
             made.append((room, self._kernel.DecodeWorkspace.make(q, spec.heads, spec.kv_heads, spec.head_dim, room,
-                                                                 max_tokens, window=window, sms=sms)))  # fmt: skip
-            self._lined_up.pop(key, None)
+                                                                 max_tokens, window=window)))  # fmt: skip
+            self._lined_up.pop(window, None)
         return made[-1][1]
 
     def __call__(
@@ -63,14 +63,14 @@ class DecodeHalf:
             )
         if slots.shape[0]:
             most = k.shape[1] if table is None else k.shape[1] * table.shape[1]
-            key = (window, sms)
-            workspace = self._workspace(q, slots.shape[0], most, key)
-            if self._lined_up.get(key) is not batch:
-                self._kernel.line_up(slots, kv_lens, workspace)
-                self._lined_up[key] = batch
+            workspace = self._workspace(q, slots.shape[0], most, window)
+            lined_up, lined_sms = self._lined_up.get(window, (None, 0))
+            if lined_up is not batch or lined_sms != sms:
+                self._kernel.line_up(slots, kv_lens, workspace, sms)
+                self._lined_up[window] = (batch, sms)
             early = self.pdl and not sms and slots.shape[0] >= EARLY_SEQUENCES
             self._kernel.attention_decode(q[tokens:], k, v, self.scale, workspace, out=out[tokens:], pdl=early,
-                                          table=table)  # fmt: skip
+                                          table=table, sms=sms)  # fmt: skip
 
 
 def cuda_missing() -> str | None:
@@ -86,7 +86,7 @@ def cuda_missing() -> str | None:
 
 @backends.register("triton_vattn")
 class TritonVattn:
-    """Two launches a layer at most: prompts, decodes; or one for both."""
+    """Two launches a layer at most: prompts, decodes."""
 
     caps = Caps(device="cuda", dtypes=("bfloat16", "float16", "float32"), rank=20)
 

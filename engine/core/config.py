@@ -148,8 +148,8 @@ class EngineConfig:
              "step = the smallest size of a step's prompts bounds the step")
     prompt_order: str = knob(
         "arrival", choices=("arrival", "shortest"), group="scheduler",
-        help="sarathi: which prompts get a step's tokens first: the oldest, or those with the fewest tokens left (a "
-             "prompt that waited counts as shorter, so none starves)")
+        help="sarathi: which prompts get a step's tokens first: the oldest, or those with the fewest tokens left of "
+             "the first 512 in line (a prompt that waited counts as shorter, so none starves)")
     tbt_target_ms: float | None = knob(
         None, lo=0.1, hi=60000.0, group="scheduler", default_text="chunks of a fixed size",
         help="sarathi: chunks of at most --chunk-size, as large as steps with decodes last this long [ms]")

@@ -7,6 +7,7 @@ knows no policy: the order of its verbs is all a policy decides.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import islice
 
 from engine.core.errors import InvariantError, Refusal
 from engine.core.growth import GrowthForecast
@@ -84,10 +85,10 @@ class StepDraft:
             self.ignored.append(sequence)
         return None
 
-    def arrived(self) -> list[Sequence]:
-        """Everybody who waits and has arrived, in line; the over-long ones are taken out (ignored)."""
+    def arrived(self, most: int) -> list[Sequence]:
+        """Who of the first `most` in line has arrived; the over-long ones are taken out (ignored)."""
         found = []
-        for sequence in [one for one in self.queues.waiting if one.arrival_s <= self.now_s]:
+        for sequence in [one for one in islice(self.queues.waiting, most) if one.arrival_s <= self.now_s]:
             if self.over_long(sequence):
                 self.queues.waiting.remove(sequence)
                 sequence.status = Status.FINISHED
@@ -148,6 +149,10 @@ class StepDraft:
     def prefill(self, sequence: Sequence, tokens: int) -> bool | Refusal:
         """Continue a sequence in mid-prefill by `tokens`; it is kept either way. tokens <= 0 is refused."""
         self.keep(sequence)
+        return self.go_on(sequence, tokens)
+
+    def go_on(self, sequence: Sequence, tokens: int) -> bool | Refusal:
+        """As prefill, for a sequence that was kept already."""
         refusal = self._over_budget(tokens)
         if refusal is not None:
             return refusal

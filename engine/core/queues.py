@@ -13,9 +13,10 @@ _BY_ORDER = attrgetter("order")
 
 
 class WaitingQueue:
-    """First come, first served within a priority; lower priorities first."""
+    """First come, first served within a priority; lower priorities first. tokens: prefill that they all have left."""
 
     def __init__(self) -> None:
+        self.tokens = 0
         self._lines: dict[int, deque[Sequence]] = {}  # priority -> its line; never an empty one
         self._priorities: list[int] = []  # sorted keys of _lines
         self._count = 0
@@ -34,6 +35,7 @@ class WaitingQueue:
             line = self._lines[priority] = deque()
             insort(self._priorities, priority)
         self._count += 1
+        self.tokens += sequence.left
         return line
 
     def append(self, sequence: Sequence) -> None:
@@ -69,6 +71,7 @@ class WaitingQueue:
             raise ValueError(f"{sequence!r} does not wait")
         line.remove(sequence)
         self._count -= 1
+        self.tokens -= sequence.left
         if not line:
             del self._lines[priority]
             self._priorities.remove(priority)

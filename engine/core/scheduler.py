@@ -434,6 +434,8 @@ class Scheduler:
         for sequence in waiting:
             if sequence.status is not Status.WAITING or sequence.computed:
                 raise InvariantError(f"{sequence!r} waits")
+        if self.queues.waiting.tokens != sum(sequence.left for sequence in waiting):
+            raise InvariantError(f"{self.queues.waiting.tokens} tokens are said to wait")
         for sequence in running:
             if sequence.status in (Status.WAITING, Status.FINISHED):
                 raise InvariantError(f"{sequence!r} runs")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -57,7 +58,7 @@ class CpuHead:
 class CpuLayer:
     """A whole decoder layer as one call of the C++ kernels."""
 
-    fused: Callable[[torch.Tensor, Batch], object]
+    fused: Callable[[torch.Tensor, Any], object]  # a batch is what it takes of one
 
     def __call__(self, hidden: torch.Tensor, batch: Batch) -> None:
         """See Layer."""

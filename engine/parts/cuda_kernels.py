@@ -44,9 +44,10 @@ class CudaLinear:
             return self._gemm.gemm(
                 x, self.weight, self.bias, config=config, add_to=add_to, float_out=self.float_out, pdl=self.pdl
             )
-        choice = self._library.measured_choice(x, self.weight.shape[0]) if self.bias is None else None
-        if choice is not None:
-            return self._library.matmul(x, self.weight, choice, add_to=add_to, float_out=self.float_out)
+        if self.bias is None:
+            y = self._library.measured_matmul(x, self.weight, add_to=add_to, float_out=self.float_out)
+            if y is not None:
+                return y
         if add_to is not None and self.bias is None:
             return add_to.addmm_(x, self.weight.t())
         if add_to is not None:

@@ -153,10 +153,12 @@ def make_scheduler(
     schedule: ChunkSchedule | None = None,
     rule: AdmissionRule = EXACT,
     ahead: bool = False,
+    prompt_order: str = "arrival",
 ) -> Scheduler:
     """A scheduler with small numbers."""
     ledger = KvLedger(groups, lambda tokens: -(-tokens // group_tokens), rule)
-    made = make_policy(policy, max_model_len=max_model_len, chunk_tokens=chunk_tokens, schedule=schedule)
+    made = make_policy(policy, max_model_len=max_model_len, chunk_tokens=chunk_tokens, schedule=schedule,
+                       prompt_order=prompt_order)  # fmt: skip
     return Scheduler(made, ledger, max_num_seqs=max_num_seqs, max_model_len=max_model_len, depth=depth, ahead=ahead)
 
 

@@ -12,9 +12,12 @@ from engine.core.errors import ConfigError
 from engine.core.ledger import ADMISSION_RULES, KvLedger
 from engine.core.plan import StepResult
 from engine.core.policies import ChunkSchedule, Pace, make_policy
+from engine.core.policies.sarathi import CONSIDERED
 from engine.core.request import Request, SamplingParams
 from engine.core.scheduler import Scheduler
 from scripts import simulate
+from tests.core import fakes
+from tests.core.fakes import make_loop, make_request, make_scheduler
 
 
 def test_times_are_learnt_and_followed_when_they_change() -> None:
@@ -92,9 +95,30 @@ def test_the_shortest_prompt_goes_first_and_none_starves() -> None:
         return [(names[chunk.seq_id], chunk.length) for chunk in scheduler.plan(waited_s).chunks]
 
     assert step("arrival", 0.01) == [("long", 512)]
-    assert step("shortest", 0.01) == [("long", 212), ("short", 300)]
+    assert step("shortest", 0.01) == [("short", 300), ("long", 212)]
     assert step("shortest", 1.0) == [("long", 512)]  # 3,488 left, and 10,000 fewer for its second
     with pytest.raises(ConfigError, match="takes prompts as they arrive"):
         make_policy("vllm", max_model_len=64, prompt_order="shortest")
     with pytest.raises(ConfigError, match="needs --scheduler sarathi"):
         EngineConfig(prompt_order="shortest", scheduler="orca")
+
+
+@pytest.mark.parametrize(("groups", "slots"), [(128, 1), (66, 8)])
+def test_a_long_prompt_goes_on_when_a_shorter_one_finds_no_room(groups: int, slots: int) -> None:
+    """No slot or no memory for the shorter one, which would come first: the one in progress gets the step."""
+    scheduler = make_scheduler(groups=groups, max_num_seqs=slots, max_model_len=2048, chunk_tokens=64,
+                               prompt_order="shortest")  # fmt: skip
+    loop, _ = make_loop(scheduler)
+    loop.add(make_request("long", 1000, 4))
+    loop.step()
+    loop.add(make_request("short", 100, 4))
+    assert fakes.run(loop, max_steps=60).reasons == {"long": "length", "short": "length"}
+
+
+def test_the_shortest_is_sought_among_the_first_who_wait() -> None:
+    """However many wait, a step looks at no more than CONSIDERED of them."""
+    scheduler = make_scheduler(groups=4096, max_num_seqs=2, chunk_tokens=16, prompt_order="shortest")
+    for i in range(CONSIDERED + 2):
+        scheduler.add(make_request(f"r{i}", {CONSIDERED - 1: 8, CONSIDERED: 2}.get(i, 60)))
+    chunks = scheduler.plan(0.0).chunks
+    assert [(chunk.seq_id, chunk.length) for chunk in chunks] == [(CONSIDERED - 1, 8), (0, 8)]

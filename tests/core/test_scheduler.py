@@ -72,6 +72,7 @@ def random_engine(rng: random.Random, **options: object) -> tuple[EngineLoop, Fa
         ahead=ahead,
         chunk_tokens=chunk,
         schedule=schedule,
+        prompt_order=rng.choice(("arrival", "shortest")) if policy == "sarathi" and schedule is None else "arrival",
     )
     return make_loop(scheduler, group_tokens=group_tokens, seed=rng.randrange(1 << 30), **options)
 
@@ -419,10 +420,10 @@ def test_a_victim_in_flight_loses_its_late_token() -> None:
     assert sum(record.dropped for record in scheduler.records) > 0
 
 
-@pytest.mark.parametrize("policy", ALL)
-def test_no_request_starves_under_continuous_arrivals(policy: str) -> None:
+@pytest.mark.parametrize(("policy", "order"), [*((name, "arrival") for name in ALL), ("sarathi", "shortest")])
+def test_no_request_starves_under_continuous_arrivals(policy: str, order: str) -> None:
     """New requests arrive every step, for ever; each one of the first hundred ends within a bound of steps."""
-    scheduler = make_scheduler(policy, groups=60, max_model_len=96, max_num_seqs=12)
+    scheduler = make_scheduler(policy, groups=60, max_model_len=96, max_num_seqs=12, prompt_order=order)
     loop, _ = make_loop(scheduler)
     rng = random.Random(3)
     added: dict[str, int] = {}
@@ -430,7 +431,7 @@ def test_no_request_starves_under_continuous_arrivals(policy: str) -> None:
     for step in range(3000):
         if scheduler.stats()["waiting"] < 20:
             name = f"r{step}"
-            loop.add(make_request(name, rng.randrange(1, 60), rng.randrange(1, 30), arrival_s=-1.0 + step * 1e-6))
+            loop.add(make_request(name, rng.randrange(1, 60), rng.randrange(1, 30), arrival_s=-9.0 + step * 1e-3))
             added[name] = step
         for update in loop.step():
             if update.finish_reason:

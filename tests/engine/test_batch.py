@@ -23,3 +23,23 @@ def test_spans_reach_to_the_last_longer_chunk(lengths: list[int], prompts: int) 
         first += count
     assert batch.num_prefill_tokens == first
     assert batch.num_tokens - first == len(lengths) - prompts
+
+
+@pytest.mark.parametrize("wanted", [(), (0,), (1, 3), (0, 1, 2, 3)])
+def test_the_rows_that_get_logits_are_a_batch_of_decodes(wanted: tuple[int, ...]) -> None:
+    """Whoever samples, from nobody to everybody: the last token of each such chunk, at its length."""
+    shape = [(5, 0, 4), (2, 10, 3), (0, 3, 1), (3, 7, 1)]  # slot, start, tokens
+    rows = [Row(slot, start, [0] * count, i in wanted) for i, (slot, start, count) in enumerate(shape)]
+    last = pack(rows).sampling()
+    assert last is not None and not last.spans and last.num_tokens == len(wanted)
+    kept = [shape[i] for i in wanted]
+    assert last.slots.tolist() == last.token_slots.tolist() == [slot for slot, _, _ in kept]
+    assert last.kv_lens.tolist() == [start + count for _, start, count in kept]
+    assert last.positions.tolist() == [start + count - 1 for _, start, count in kept]
+    assert last.q_starts.tolist() == list(range(len(wanted) + 1))
+    assert last.sample_rows.tolist() == list(range(len(wanted)))
+
+
+def test_decodes_alone_are_their_own_last_rows() -> None:
+    """Nothing to pick out."""
+    assert pack([Row(0, 3, [1], True), Row(1, 5, [1], True)]).sampling() is None

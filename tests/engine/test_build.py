@@ -10,7 +10,7 @@ import torch
 from engine.build import build_engine, within_mappings
 from engine.core.config import EngineConfig
 from engine.core.errors import ConfigError, LoadError
-from engine.gpu import choose_device
+from engine.gpu import LEAST_REHEARSED, choose_device, rehearsal
 from engine.serve.engine_process import build_real
 from tests import models
 
@@ -100,3 +100,14 @@ def test_the_engine_process_lowers_a_derived_pool_too(tmp_path: Path) -> None:
         assert built.facts.pool_groups == built.loop.scheduler.ledger.total_groups < 65_530 // 2
     finally:
         built.loop.close()
+
+
+@pytest.mark.parametrize("tokens", [LEAST_REHEARSED, 3, 16, 512, 8192])
+@pytest.mark.parametrize("sequences", [1, 2, 256])
+def test_a_rehearsal_stays_within_its_slot(tokens: int, sequences: int) -> None:
+    """No row reaches past the tokens that are mapped; one step has all sequences sample."""
+    steps = list(rehearsal(3, tokens, sequences))
+    for rows in steps:
+        assert all(row.slot == 3 and row.samples and row.tokens and row.start + len(row.tokens) <= tokens
+                   for row in rows)  # fmt: skip
+    assert sequences in map(len, steps)

@@ -78,9 +78,12 @@ def test_layer(monkeypatch: pytest.MonkeyPatch, table: str, chunks: list[tuple[i
     assert relative(our_slab.nan_to_num(), their_slab.nan_to_num()) < BOUND
 
 
+@pytest.mark.parametrize("samples", ["all", "first", "last", "none"])
 @pytest.mark.parametrize("chunks", [[(0, 5), (10, 1), (3, 1)], [(0, 9)], [(4, 30), (0, 2), (20, 1)]])
-def test_pieces_between_attentions(chunks: list[tuple[int, int]]) -> None:
-    """Two layers cut at their attentions, padded to a recorded size, give what they give whole, and store no more."""
+def test_pieces_between_attentions(chunks: list[tuple[int, int]], samples: str) -> None:
+    """Two layers cut at their attentions, padded to a recorded size, give what they give whole, and store no more,
+    whichever rows get logits."""
+    wanted = {"all": range(len(chunks)), "first": [0], "last": [len(chunks) - 1], "none": []}[samples]
     shapes = {"qkv": ((HEADS + 2 * KV_HEADS) * DIM, WIDTH), "o": (WIDTH, HEADS * DIM), "gate": (FFN, WIDTH),
               "up": (FFN, WIDTH), "down": (WIDTH, FFN)}  # fmt: skip
     weights = {name: (torch.randn(*shape) * shape[1] ** -0.5).to(DEVICE, DTYPE) for name, shape in shapes.items()}
@@ -91,7 +94,7 @@ def test_pieces_between_attentions(chunks: list[tuple[int, int]]) -> None:
     for slot, (start, _) in enumerate(chunks):
         slab[:, slot, :start] = torch.randn(2, start, 2, KV_HEADS, DIM).to(DEVICE, DTYPE)
     spec: Any = SimpleNamespace(heads=HEADS, kv_heads=KV_HEADS, head_dim=DIM)
-    host = pack([Row(slot, start, [7 + slot] * count, True) for slot, (start, count) in enumerate(chunks)])
+    host = pack([Row(slot, start, [7 + slot] * count, slot in wanted) for slot, (start, count) in enumerate(chunks)])
     batch, found = on_device(host), []
     for split in (False, True):
         memory = slab.clone()
@@ -109,5 +112,6 @@ def test_pieces_between_attentions(chunks: list[tuple[int, int]]) -> None:
             for one in layers:
                 one(hidden, batch)
             found.append((model.logits(hidden[batch.sample_rows.long()]), memory))
+    assert found[1][0].shape == (len(wanted), WIDTH)
     assert relative(found[1][0], found[0][0]) < BOUND
     assert bool((found[0][1].isnan() == found[1][1].isnan()).all())

@@ -9,9 +9,10 @@ from engine.core.draft import StepDraft
 from engine.core.errors import ConfigError
 from engine.core.policies import DEFAULT_CHUNK_TOKENS, PolicyOptions, policies
 from engine.core.policies._pace import STEP_TOKENS
-from engine.core.sequence import Sequence
+from engine.core.sequence import Sequence, Status
 
 AGED_TOKENS_S = 10_000  # tokens by which a prompt counts as shorter for each second it waited
+CONSIDERED = 512  # of those who wait, in line: what looking at all of thousands takes would be missed in every step
 GRAIN_TOKENS = 64  # what a GPU's products and graphs round a step up to
 
 
@@ -65,32 +66,24 @@ class Sarathi:
             waited_s = draft.now_s - sequence.arrival_s
             return sequence.request.priority, sequence.left - AGED_TOKENS_S * waited_s
 
-        shares: dict[int, int] = {}
-        room = reach - draft.num_tokens
-        prompts = sorted([*partial, *draft.arrived()], key=place)
-        for sequence in prompts:
-            if room <= 0:
-                break
-            shares[sequence.seq_id] = share = min(sequence.left, room)
-            room -= share
-        started = {sequence.seq_id for sequence in partial}
         for sequence in partial:
-            share = shares.get(sequence.seq_id, 0)
-            if share:
-                draft.prefill(sequence, share)
-            else:
-                draft.keep(sequence)
-        for sequence in prompts:
-            share = 0 if sequence.seq_id in started else shares.get(sequence.seq_id, 0)
-            if share and not draft.admit(sequence, share):
+            draft.keep(sequence)
+        full = False
+        for sequence in sorted([*partial, *draft.arrived(CONSIDERED)], key=place):
+            share = min(sequence.left, reach - draft.num_tokens)
+            if share <= 0:
                 return
+            if sequence.status is Status.PREFILLING:
+                draft.go_on(sequence, share)
+            elif not full:  # nobody passes one who is refused, but those in progress go on
+                full = not draft.admit(sequence, share)
 
     def _reach(self, draft: StepDraft, partial: list[Sequence]) -> int:
         """Tokens of this step at most, its decodes being in. Without decodes nobody waits for it to be short."""
         decodes = draft.num_tokens
         if self.pace is None or not decodes:
             return self.chunk_tokens
-        backlog = sum(s.left for s in partial) + sum(s.left for s in draft.queues.waiting)
+        backlog = sum(sequence.left for sequence in partial) + draft.queues.waiting.tokens
         chunk = self.pace.chunk_tokens(backlog)
         if chunk is None:
             return self.chunk_tokens
