@@ -253,7 +253,8 @@ def reserve_maps(
     session = session_bytes(scx, spec, geometry.max_tokens)
     if scx.segment_tokens or scx.secure_device.startswith(UNIX):
         return 0
-    need = geometry.slots * session
+    slots = geometry.slots + (config.device == "cuda")  # with the anchor's, see SlotStore
+    need = slots * session
     same = scx.secure_device.startswith("cuda") == (config.device == "cuda")
     free = free_bytes if same else free_memory_bytes() if config.device == "cuda" else torch.cuda.mem_get_info()[0]
     if need > free:
