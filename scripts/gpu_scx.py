@@ -227,6 +227,7 @@ def admission(session: Session, asked: argparse.Namespace) -> None:
     layers, heads = shape["num_hidden_layers"], shape["num_attention_heads"]
     dim, device = shape.get("head_dim") or shape["hidden_size"] // heads, torch.device(session.device)
     head_shape = HeadShape(heads, shape["num_key_value_heads"], dim, 2, 16)
+    torch.set_num_threads(1)  # as engines do
     for secure in secure_devices(session.device):
         for scheme in ("perm", "rotate", "mix"):
             config = ScxConfig(tuple(range(layers)), secure, scheme)
@@ -372,8 +373,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("PyTorch sees no CUDA device")
     logging.getLogger("engine").setLevel(logging.ERROR)
     torch.backends.cuda.matmul.allow_tf32 = False
-    if asked.device == "cuda":
-        torch.set_num_threads(1)  # as an engine does
     if asked.host_functions:
         from engine.scx.on_host import HostSecureSide
 
