@@ -1,14 +1,19 @@
 """Work of the CPU that stands in a GPU's stream: rows are mapped in C++ when the stream comes to it.
 
-A job is launched like a kernel (cuLaunchHostFunc), so the thread that launches waits for nothing, and a CUDA graph may
-hold it. It reads and writes host memory by addresses, which must stay where they are until it has run: for good where a
-graph holds it. Between a copy from the device and one back, a job is a round trip through the host. Without a device
-(tests) jobs run at once.
+A job is launched like a kernel, so the thread that launches waits for nothing, and a CUDA graph may hold it. It reads
+and writes host memory by addresses, which must stay where they are until it has run: for good where a graph holds it.
+Between a copy from the device and one back, a job is a round trip through the host. Without a device (tests) jobs run
+at once.
+
+With a Bell the stream calls a thread that looks for work without pause, by a kernel that writes a word of host memory;
+without one the driver wakes a thread of its own (cuLaunchHostFunc), which takes the system's time.
 """
 
 from __future__ import annotations
 
 import ctypes
+import os
+import weakref
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -29,6 +34,32 @@ class Crossing(NamedTuple):
     own: torch.Tensor
 
 
+MOST_THREADS = 8  # of a bell: rows of a decode step are little work
+
+
+class Bell:
+    """A thread of the CPU for one stream's jobs, and others that help it: half of the cores, 8 at most. They look for
+    work without pause until none came for 20 ms. word: (1,) int32, the number of the job that is called, or 0."""
+
+    def __init__(self, threads: int | None = None) -> None:
+        """Raises ValueError for threads outside 1..1024."""
+        most = min(MOST_THREADS, len(os.sched_getaffinity(0)) // 2)
+        pinned = torch.cuda.is_available()
+        self.word = torch.zeros(16, dtype=torch.int32, pin_memory=pinned)[:1]  # nothing else lies on its line
+        self._thread = native.extension().Bell(self.word.data_ptr(), threads or max(1, most))
+        self.stop = weakref.finalize(self, self._thread.stop)  # at the latest when Python ends; the word outlives it
+
+    def add(self, job: int) -> int:
+        """The number by which a job is called; its own until it has run, or for good where a graph calls it."""
+        return self._thread.add(job)
+
+    def launch(self, job: int) -> None:
+        """Put a job into the current stream, which is the only one that may call."""
+        from tessera_kernels.triton_crossing import call
+
+        call(self.word, self.add(job))
+
+
 def available(dtype: torch.dtype) -> bool:
     """Whether rows of this type can be mapped here."""
     return dtype in OPS
@@ -36,7 +67,7 @@ def available(dtype: torch.dtype) -> bool:
 
 def encode(
     crossing: Crossing, cos_sin: torch.Tensor, maps: tuple[torch.Tensor, torch.Tensor, torch.Tensor], heads: int,
-    device: torch.device,
+    device: torch.device, bell: Bell | None = None,
 ) -> None:  # fmt: skip
     """Launch head_maps.encode_store's arithmetic: came (N, (H + 2G) * D) of the type of goes or float32, goes the same
     shape: q, k and v of a token one behind the other. cos_sin (P, 2, D/2) float32; maps as there."""
@@ -46,15 +77,18 @@ def encode(
         came.data_ptr(), goes.data_ptr(), cos_sin.data_ptr(), positions.data_ptr(), tables.data_ptr(), own.data_ptr(),
         *(each.data_ptr() for each in maps), one.dim() == 4, one.shape[0], one.stride(0), came.shape[0], heads, groups,
         dim, cos_sin.shape[0], came.dtype is torch.float32 is not goes.dtype, not recording(device)),
-        device)  # fmt: skip
+        device, bell)  # fmt: skip
 
 
-def decode(crossing: Crossing, out_map: torch.Tensor, heads: int, device: torch.device) -> None:
+def decode(
+    crossing: Crossing, out_map: torch.Tensor, heads: int, device: torch.device, bell: Bell | None = None
+) -> None:
     """Launch head_maps.decode's arithmetic: came and goes (N, H * D)."""
     came, goes, _, tables, _ = crossing
     launch(OPS[goes.dtype].decode_job(
         came.data_ptr(), goes.data_ptr(), tables.data_ptr(), out_map.data_ptr(), out_map.dim() == 4, out_map.shape[0],
-        out_map.stride(0), came.shape[0], heads, *out_map.shape[1:3], not recording(device)), device)  # fmt: skip
+        out_map.stride(0), came.shape[0], heads, *out_map.shape[1:3], not recording(device)), device,
+        bell)  # fmt: skip
 
 
 def copy(to: torch.Tensor, source: torch.Tensor | None, device: torch.device) -> None:
@@ -67,11 +101,14 @@ def recording(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-def launch(job: int, device: torch.device) -> None:
+def launch(job: int, device: torch.device, bell: Bell | None = None) -> None:
     """Put a job into the device's current stream; at once where the device is a CPU. Raises RuntimeError."""
     extension = native.extension()
     if device.type == "cpu":
         extension.run_job(job)
+        return
+    if bell is not None:
+        bell.launch(job)
         return
     stream = torch.cuda.current_stream(device).cuda_stream
     status = _driver().cuLaunchHostFunc(stream, extension.job_function(), job)

@@ -39,19 +39,27 @@ def shuffles(
     for given in (orders,) if inverses is None else (orders, inverses):
         require(given.dtype == np.int16 and given.shape == orders.shape and given.flags.c_contiguous,
                 "orders are %s %s; want (R, size) int16 contiguous", given.shape, given.dtype)  # fmt: skip
-    _draw(key, text, labels, orders.shape, orders.ctypes.data, 0 if inverses is None else inverses.ctypes.data, 0)
+    _draw(key, text, labels, orders.shape, orders.ctypes.data, 0 if inverses is None else inverses.ctypes.data)
 
 
 def words(key: bytearray, text: Text, labels: np.ndarray, into: np.ndarray) -> None:
     """The first words of each label's stream into (R, count) uint32. labels and errors as for shuffles()."""
     require(into.dtype == np.uint32 and into.flags.c_contiguous, "words are %s; want (R, count) uint32 contiguous",
             into.dtype)  # fmt: skip
-    _draw(key, text, labels, into.shape, 0, 0, into.ctypes.data)
+    _draw(key, text, labels, into.shape, words=into.ctypes.data)
+
+
+def signs(key: bytearray, text: Text, labels: np.ndarray, into: np.ndarray) -> None:
+    """1 or -1 by the first bit of each word, into (2, R, D) int16: the first and the second D words of each label."""
+    require(into.dtype == np.int16 and into.ndim == 3 and into.shape[0] == 2 and into.flags.c_contiguous,
+            "signs are %s %s; want (2, R, D) int16 contiguous", into.shape, into.dtype)  # fmt: skip
+    _draw(key, text, labels, (into.shape[1], 2 * into.shape[2]), signs=into.ctypes.data)
 
 
 def _draw(
-    key: bytearray, text: Text, labels: np.ndarray, shape: tuple[int, ...], orders: int, inverses: int, into: int
-) -> None:
+    key: bytearray, text: Text, labels: np.ndarray, shape: tuple[int, ...], orders: int = 0, inverses: int = 0,
+    words: int = 0, signs: int = 0,
+) -> None:  # fmt: skip
     require(labels.dtype == np.uint32 and labels.flags.c_contiguous and labels.shape == (shape[0], 3),
             "labels are %s %s; want (%d, 3) uint32 contiguous", labels.shape, labels.dtype, shape[0])  # fmt: skip
     require(len(key) == KEY_BYTES, "a key has %d bytes; want %d", len(key), KEY_BYTES)
@@ -61,6 +69,6 @@ def _draw(
     secret = np.frombuffer(key, dtype=np.uint8)  # a view: no copy of the key is made
     try:
         OPS[torch.float32].draws(secret.ctypes.data, info.ctypes.data, len(text.info), text.place_at,
-                                 labels.ctypes.data, shape[0], shape[1], orders, inverses, into)  # fmt: skip
+                                 labels.ctypes.data, shape[0], shape[1], orders, inverses, words, signs)  # fmt: skip
     finally:
         del secret  # a key that is looked at cannot be cleared

@@ -2,10 +2,11 @@
 
 Parts, in order: kernels (against float64), layers (scripts.scx_exactness on this device), engine (greedy tokens of a
 tiny model judged in float32 as in scripts.gpu_correctness, by scheme, secure device, graphs, seal and segments);
-admission (what opening and closing a session takes, every layer of the shape encoded); cost (decodes at batch 64 and a
-chat workload on random weights of a real shape, one plain engine and in turns with it encoded ones: layers 0 and last
-and all on this GPU, 0 and last with the secure device cpu, which runs decodes only; bytes and round trips beside the
-formula of docs/scx.md). The JSON is written after each line, so a cut-off loses nothing; status 1 if anything was
+admission (what opening and closing a session takes, every layer of the shape encoded); crossing (what an encode and a
+decode by the secure device cpu consist of: copies, calls, the job on more and fewer threads); cost (decodes at batch 64
+and a chat workload on random weights of a real shape, one plain engine and in turns with it encoded ones: layers 0 and
+last and all on this GPU, 0 and last with the secure device cpu, which runs decodes only; bytes and round trips beside
+the formula of docs/scx.md). The JSON is written after each line, so a cut-off loses nothing; status 1 if anything was
 wrong.
 """
 
@@ -42,7 +43,7 @@ from scripts.benching.shapes import SHAPES, write_folder
 from scripts.benching.workloads import Workload, equal, find
 
 CHECKS = ("kernels", "layers", "engine")
-PARTS = (*CHECKS, "admission", "cost")
+PARTS = (*CHECKS, "admission", "crossing", "cost")
 SCHEMES = ("perm", "rotate", "mix", "perm-static")
 BATCH, CONTEXT, DECODES = 64, 512, 140
 SETTLED = 20  # decode steps at either end that do not count
@@ -226,12 +227,21 @@ def admission(session: Session, asked: argparse.Namespace) -> None:
     layers, heads = shape["num_hidden_layers"], shape["num_attention_heads"]
     dim, device = shape.get("head_dim") or shape["hidden_size"] // heads, torch.device(session.device)
     head_shape = HeadShape(heads, shape["num_key_value_heads"], dim, 2, 16)
+    torch.set_num_threads(1)  # as engines do
     for secure in secure_devices(session.device):
         for scheme in ("perm", "rotate", "mix"):
             config = ScxConfig(tuple(range(layers)), secure, scheme)
             make = side_of(config, device, torch.bfloat16) if device.type == "cuda" else LocalSecureSide
             side = make(config, head_shape, torch.zeros(16, 2, dim // 2), fresh_root(), b"", device, torch.bfloat16)
-            taken: dict[str, list[float]] = {"open_ms": [], "whole_ms": [], "close_ms": []}
+            taken: dict[str, list[float]] = {"draw_ms": [], "open_ms": [], "whole_ms": [], "close_ms": []}
+            draw = side.scheme.draw
+
+            def timed_draw(*given: Any, draw: Any = draw, times: list[float] = taken["draw_ms"]) -> None:
+                began = perf_counter()
+                draw(*given)
+                times.append(1e3 * (perf_counter() - began))
+
+            side.scheme.draw = timed_draw  # type: ignore[method-assign,assignment]
             for number in range(OPENED):
                 began = perf_counter()
                 side.open(0, number.to_bytes(16, "big"))
@@ -245,8 +255,21 @@ def admission(session: Session, asked: argparse.Namespace) -> None:
             side.shut()
             line = {name: statistics.median(times) for name, times in taken.items()}
             session.keep("admission", {"secure_device": secure, "scheme": scheme, "layers": layers, **line})
-            print(f"admission {secure:6} {scheme:7} {layers} layers: open {line['open_ms']:.2f} ms on the host, "
-                  f"{line['whole_ms']:.2f} until the maps are there, close {line['close_ms']:.2f}", flush=True)
+            print(f"admission {secure:6} {scheme:7} {layers} layers: open {line['open_ms']:.2f} ms on the host "
+                  f"({line['draw_ms']:.2f} to draw), {line['whole_ms']:.2f} until the maps are there, "
+                  f"close {line['close_ms']:.2f}", flush=True)
+
+
+def crossing(session: Session, asked: argparse.Namespace) -> None:
+    """Where the time of a round trip through the host goes."""
+    if session.device != "cuda":
+        print("crossing: a CPU has nothing to cross", flush=True)
+        return
+    from scripts.gpu_scx_crossing import measure
+
+    for line in measure(SHAPES[asked.shape], asked.batch):
+        session.keep("crossing", line)
+        print(f"crossing {line['what']:58}{line['us']:9.1f} us", flush=True)
 
 
 def cost(session: Session, asked: argparse.Namespace) -> None:
@@ -261,6 +284,7 @@ def cost(session: Session, asked: argparse.Namespace) -> None:
         print(f"cost: plain engine ready after {plain.ready_s:.0f} s", flush=True)
         own = "cuda:0" if session.device == "cuda" else "cpu"
         cases = [(own, outer, True), (own, "all", True)] + ([("cpu", outer, False)] if own != "cpu" else [])
+        cases = [case for case in cases if case[0] in asked.secure]
         for secure, layers, chats in cases:
             head = {"scheme": asked.scheme, "secure_device": secure, "layers": layers}
             if session.spent():
@@ -338,6 +362,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=2, help="of each pair of engines [2]")
     parser.add_argument("--max-num-seqs", type=int, default=256)
     parser.add_argument("--pool-gib", type=int, default=24)
+    parser.add_argument("--secure", default=["cuda:0", "cpu"], nargs="+", help="secure devices of the cost part [both]")
+    parser.add_argument("--bell", action="store_true", help="secure device cpu: a waiting thread is called by a word of "
+                        "memory, instead of by the driver (not yet measured)")  # fmt: skip
     parser.add_argument("--no-chat", action="store_true", help="decodes only")
     asked = parser.parse_args(arguments)
     chosen = asked.parts.split(",")
@@ -347,9 +374,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("PyTorch sees no CUDA device")
     logging.getLogger("engine").setLevel(logging.ERROR)
     torch.backends.cuda.matmul.allow_tf32 = False
+    if asked.bell:
+        from engine.scx.on_host import HostSecureSide
+
+        HostSecureSide.by_bell = True
     session = Session(asked.device, perf_counter() + asked.budget_s, asked.json)
     checks = {"kernels": kernels, "layers": layers, "engine": engine}
-    costs = {"admission": admission, "cost": cost}
+    costs = {"admission": admission, "crossing": crossing, "cost": cost}
     for part in chosen:
         began = perf_counter()
         try:

@@ -71,7 +71,7 @@ PARTS = (
       for shape in ("llama2-7b", "mistral-7b", "qwen2-1.5b")),
     Part("scx", 150, "scripts.gpu_scx", ("--parts", "kernels,layers,engine", "--budget-s", "130"),
          (*ENGINE, "safetensors", "cryptography")),
-    Part("scx-cost", 180, "scripts.gpu_scx", ("--parts", "admission,cost", "--budget-s", "150"),
+    Part("scx-cost", 180, "scripts.gpu_scx", ("--parts", "admission,crossing,cost", "--budget-s", "150"),
          (*ENGINE, "cryptography")),
     Part("sanitize", 110, "scripts.gpu_allocator", ("--sanitize",)),
     Part("soak", 520, "scripts.gpu_soak", ("--seconds", "480"), ENGINE),

@@ -174,6 +174,17 @@ class SessionKeys:
                 self.stream(purpose, Label(*label)).fill(row)
         return drawn
 
+    def signs(self, purpose: str, labels: Labels, into: np.ndarray) -> None:
+        """1 or -1 by the first bit of each word, into (2, len(labels), D) int16."""
+        if key_draws.available():
+            key_draws.signs(self._secret.data, self._text(purpose), rows_of(labels), into)
+            return
+        dim = into.shape[2]
+        words = self.words(purpose, labels, 2 * dim)
+        words >>= np.uint32(31)
+        into[:] = 1 - 2 * words.view(np.int32).reshape(-1, 2, dim).transpose(1, 0, 2)
+        words.fill(0)
+
     def shuffles(self, purpose: str, labels: Labels, orders: np.ndarray, inverses: np.ndarray | None = None) -> None:
         """permutations() into (len(labels), size) int16, and what undoes them."""
         if key_draws.available():

@@ -21,12 +21,9 @@ CONDITION = 4.0  # of an invertible map; more would cost accuracy in 16 bits
 
 def draw_rotations(keys: SessionKeys, purpose: str, labels: Labels, into: np.ndarray) -> None:
     """What rotations of a power of two are made of, into (4, R, D) int16: two orders, then two rows of signs."""
-    dim = into.shape[2]
     for i in (1, 2):
         keys.shuffles(f"{purpose}/order{i}", labels, into[i - 1])
-    words = keys.words(f"{purpose}/signs", labels, 2 * dim)
-    words >>= np.uint32(31)
-    into[2:] = 1 - 2 * words.view(np.int32).reshape(-1, 2, dim).transpose(1, 0, 2)
+    keys.signs(f"{purpose}/signs", labels, into[2:])
 
 
 def rotations_of(drawn: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:

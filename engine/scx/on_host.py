@@ -1,10 +1,10 @@
 """The secure side on the CPU of a GPU's machine, in the GPU's stream: down, mapped in C++, up again; nobody waits.
 
-An encode is one copy of all rows' projections into pinned memory, a job of the CPU that the stream calls when it comes
-to it (kernels/host_jobs.py), one copy back, and a store into the slabs; a decode is the same without the store. All of
-it may stand in a CUDA graph, and the thread that launches steps is never held up. A session's maps are written, and
-cleared, by such jobs too: behind the steps that still run with what was there. It is no isolation: keys and maps are in
-this process.
+An encode is three kernels: all rows' projections into pinned memory, a call of the thread that maps them
+(kernels/host_jobs.py), and the store into the slabs, which reads q, k and v where that thread left them; a decode is
+the same with a copy in place of the store. All of it may stand in a CUDA graph, and the thread that launches steps is
+never held up. A session's maps are written, and cleared, by jobs in the stream too: behind the steps that still run
+with what was there. It is no isolation: keys and maps are in this process.
 """
 
 from __future__ import annotations
@@ -33,13 +33,21 @@ class Room(NamedTuple):
 
 
 class HostSecureSide(InStreamSide):
-    """The secure side on the CPU, with one key a session."""
+    """The secure side on the CPU, with one key a session.
+
+    by_bell: jobs are called by a word of memory, instead of as host functions of the driver. Off until it is measured:
+    a kernel waits on the device for the answer.
+    """
+
+    by_bell = False
 
     def _make_tables(self) -> list[Maps]:
         """See LocalSecureSide."""
+        from tessera_kernels.triton_crossing import carry
         from tessera_kernels.triton_rope_store import rope_store
 
-        self._store = rope_store
+        self._carry, self._store = carry, rope_store
+        self._bell = host_jobs.Bell() if self.by_bell and self.compute.type == "cuda" else None
         tables = super()._make_tables()
         self._staging = Staging(tuple(self._whole.shape[1:]), map_dtype(self.scheme), self.compute, pinned=False)
         self._unturned = torch.zeros(1, 2, self.shape.head_dim // 2, device=self.compute)  # a rotation by nothing
@@ -71,6 +79,8 @@ class HostSecureSide(InStreamSide):
         super().shut()
         if self.compute.type == "cuda":
             torch.cuda.synchronize(self.compute)
+        if self._bell is not None:
+            self._bell.stop()
 
     # ------------------------------------------------------------ rows
 
@@ -86,18 +96,17 @@ class HostSecureSide(InStreamSide):
                                     torch.zeros(rows, dtype=torch.int32, device=self.compute)))  # fmt: skip
         return self._rooms[-1]
 
-    def _down(self, rows: torch.Tensor, dtype: torch.dtype) -> host_jobs.Crossing:
-        """Start the copy of rows (N, W) into pinned memory, as `dtype`."""
-        count, room = rows.shape[0], self._room(rows.shape[0])
-        came, goes = (room_of.view(kind)[: rows.numel()].view(rows.shape)
+    def _down(
+        self, rows: torch.Tensor, dtype: torch.dtype, places: tuple[torch.Tensor, torch.Tensor] | None = None
+    ) -> host_jobs.Crossing:
+        """Rows (N, W), or parts of them (P, N, W), into pinned memory as `dtype`; beside them positions and slots."""
+        count, width = rows.shape[-2:]
+        room = self._room(count)
+        came, goes = (room_of.view(kind)[: count * width].view(count, width)
                       for room_of, kind in ((room.came, dtype), (room.goes, self.dtype)))  # fmt: skip
-        came.copy_(rows.to(dtype), non_blocking=True)
-        return host_jobs.Crossing(came, goes, room.positions[:count], room.slots[:count], room.own[:count])
-
-    def _up(self, crossing: host_jobs.Crossing) -> torch.Tensor:
-        """What goes back, on the compute device."""
-        landed = torch.empty(crossing.goes.shape, dtype=self.dtype, device=self.compute)
-        return landed.copy_(crossing.goes, non_blocking=True)
+        crossing = host_jobs.Crossing(came, goes, room.positions[:count], room.slots[:count], room.own[:count])
+        self._carry(rows, came, None if places is None else (*places, crossing.positions, crossing.tables))
+        return crossing
 
     def encode_store(
         self, layer: int, qkv: torch.Tensor, batch: Batch, k: torch.Tensor, v: torch.Tensor,
@@ -105,19 +114,20 @@ class HostSecureSide(InStreamSide):
     ) -> torch.Tensor:  # fmt: skip
         """See SecureSide; qkv may also be (P, N, ...) float32 parts that add up to the projections."""
         maps = self._encoding(layer, qkv, batch)
-        slots, places = batch.places
-        crossing = self._down(qkv if qkv.dim() == 2 else qkv.sum(0), self._wide)
-        if layer == self.config.layers[0]:  # they are the whole step's
-            crossing.positions.copy_(batch.positions, non_blocking=True)
-            crossing.tables.copy_(slots, non_blocking=True)
-        host_jobs.encode(crossing, self._rope, (maps.q, maps.k, maps.v), self.shape.heads, self.compute)
+        slots, rows = batch.places
+        first = layer == self.config.layers[0]  # positions and slots are the whole step's
+        crossing = self._down(qkv, self._wide, (batch.positions, slots) if first else None)
+        host_jobs.encode(crossing, self._rope, (maps.q, maps.k, maps.v), self.shape.heads, self.compute, self._bell)
         still = self._room(slots.shape[0]).still[: slots.shape[0]]
-        return self._store(self._up(crossing), self._unturned, still, slots, k, v, self.shape.heads, rows=places,
-                           out=out)  # fmt: skip
+        return self._store(crossing.goes, self._unturned, still, slots, k, v, self.shape.heads, rows=rows,
+                           out=torch.empty(slots.shape[0], self.shape.heads, self.shape.head_dim, dtype=self.dtype,
+                                           device=self.compute) if out is None else out)  # fmt: skip
 
     def decode(self, layer: int, attended: torch.Tensor, batch: Batch) -> torch.Tensor:
         """See SecureSide."""
         maps = self._decoding(layer, attended, batch)
         crossing = self._down(attended, self.dtype)
-        host_jobs.decode(crossing, maps.out, self.shape.heads, self.compute)
-        return self._up(crossing)
+        host_jobs.decode(crossing, maps.out, self.shape.heads, self.compute, self._bell)
+        landed = torch.empty(crossing.goes.shape, dtype=self.dtype, device=self.compute)
+        self._carry(crossing.goes, landed)
+        return landed

@@ -17,6 +17,7 @@ import torch
 from engine.core.registry import Registry
 from engine.scx.keys import SHARED_HEAD, Label, SessionKeys
 from engine.scx.matrices import draw_rotations, draw_scales, haar_rotations, invertible, rotations_of
+from tessera_kernels import head_matrices
 
 
 class Maps(NamedTuple):
@@ -182,9 +183,12 @@ class _Matrices(ABC):
             self._draw_rows(keys, labels, _flat(into))
 
     def make(self, drawn: torch.Tensor, into: torch.Tensor) -> None:
-        """See Scheme. On a CPU a layer at a time: what is made on the way is small."""
+        """See Scheme. On a CPU in C++, or a layer at a time: what is made on the way is small."""
         if drawn.dim() == 5:
             into.copy_(drawn, non_blocking=True)
+            return
+        if head_matrices.fits(drawn, into):
+            head_matrices.build(drawn, into)
             return
         count = drawn.shape[1] if drawn.device.type != "cpu" else 1
         for source, place in zip(drawn.split(count, 1), into.split(count, 1), strict=True):

@@ -6,6 +6,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "bell.hpp"
 #include "ops.hpp"
 
 namespace nb = nanobind;
@@ -113,13 +114,20 @@ class Ops {
   }
 
   void draws(Address key, Address info, int info_bytes, int place_at, Address labels, int rows, int count,
-             Address orders, Address inverses, Address words) const {
+             Address orders, Address inverses, Address words, Address signs) const {
     const Draws d{of<unsigned char>(key), of<unsigned char>(info), info_bytes, place_at, of<uint32_t>(labels), rows,
                   count, static_cast<int16_t*>(at(orders)), static_cast<int16_t*>(at(inverses)),
-                  static_cast<uint32_t*>(at(words))};
+                  static_cast<uint32_t*>(at(words)), static_cast<int16_t*>(at(signs))};
     check(d);
     nb::gil_scoped_release release;
     kernels_->draws(*current_pool(), d);
+  }
+
+  void build_maps(Address drawn, Address out, int labels, int dim, bool stretched) const {
+    const BuildMaps b{of<int16_t>(drawn), static_cast<float*>(at(out)), labels, dim, stretched};
+    check(b);
+    nb::gil_scoped_release release;
+    kernels_->build_maps(*current_pool(), b);
   }
 
   void attention(Address q, Address out, const KvView& kv, Address slots, Address q_starts, Address kv_lens,
@@ -182,6 +190,17 @@ NB_MODULE(_cpu, m) {
     job->to = at(to), job->from = at(from), job->nbytes = nbytes;
     return reinterpret_cast<Address>(job.release());
   });
+  nb::class_<Bell>(m, "Bell")
+      .def("__init__", [](Bell* self, Address word, int threads) {
+        if (word == 0 || threads < 1 || threads > 1024)
+          throw std::invalid_argument("threads=" + std::to_string(threads) + " is outside 1..1024, or no word");
+        new (self) Bell(static_cast<int32_t*>(at(word)), threads);
+      })
+      .def("add", [](Bell& self, Address job) { return self.add(std::unique_ptr<Job>(static_cast<Job*>(at(job)))); })
+      .def("stop", [](Bell& self) {
+        nb::gil_scoped_release release;
+        self.stop();
+      });
   m.def("job_function", [] { return reinterpret_cast<Address>(&run_job); });
   m.def("run_job", [](Address job) {
     nb::gil_scoped_release release;
@@ -224,6 +243,7 @@ NB_MODULE(_cpu, m) {
       .def("encode_job", &Ops::encode_job)
       .def("decode_job", &Ops::decode_job)
       .def("draws", &Ops::draws)
+      .def("build_maps", &Ops::build_maps)
       .def("attention", &Ops::attention)
       .def("silu_mul", &Ops::silu_mul)
       .def("layer", &Ops::layer);

@@ -40,6 +40,17 @@ void check(const Draws& d) {
   within("count", 0, d.count, d.orders != nullptr ? 2 : 1, d.orders != nullptr ? 1 << 15 : 1 << 28);
 }
 
+void check(const BuildMaps& b) {
+  within("dim", 0, b.dim, 16, 256);
+  within("dim & (dim - 1)", 0, b.dim & (b.dim - 1), 0, 0);
+  const int rows = b.stretched ? 20 : 8;
+  for (int row = 0; row < rows; ++row) {
+    if (row % (rows / 2) % 4 >= 2 || row % (rows / 2) >= 8) continue;  // signs and halves of floats, not orders
+    const int64_t count = static_cast<int64_t>(b.labels) * b.dim;
+    for (int64_t i = 0; i < count; ++i) within("order", i, b.drawn[row * count + i], 0, b.dim - 1);
+  }
+}
+
 void check(const Attention& a) {
   within("q_starts", 0, a.q_starts[0], 0, 0);
   within("q_starts", a.sequences, a.q_starts[a.sequences], a.tokens, a.tokens);
@@ -54,15 +65,36 @@ void check(const Embed& a) {
   for (int row = 0; row < a.rows; ++row) within("ids", row, id_at(a, row), 0, a.vocab - 1);
 }
 
+namespace {
+
+// In pieces of 1 MiB, shared where there are several: one thread's memcpy is a fraction of what memory gives.
+void copy_bytes(const Job& job, Pool& pool) {
+  constexpr size_t kPiece = size_t{1} << 20;
+  const auto piece = [&](int64_t unit) {
+    const size_t first = static_cast<size_t>(unit) * kPiece;
+    const size_t count = job.nbytes - first < kPiece ? job.nbytes - first : kPiece;
+    char* const to = static_cast<char*>(job.to) + first;
+    if (job.from != nullptr) std::memcpy(to, static_cast<const char*>(job.from) + first, count);
+    else std::memset(to, 0, count);
+  };
+  const int64_t pieces = static_cast<int64_t>((job.nbytes + kPiece - 1) / kPiece);
+  if (pieces == 1) piece(0);
+  else pool.run(0, [&](Team& team) { team.phase(pieces, piece); });
+}
+
+}  // namespace
+
+void do_job(const Job& job, Pool& pool) {
+  switch (job.kind) {
+    case Job::Kind::kEncode: job.kernels->encode_store(pool, job.encode); break;
+    case Job::Kind::kDecode: job.kernels->decode_heads(pool, job.decode); break;
+    case Job::Kind::kCopy: copy_bytes(job, pool);
+  }
+}
+
 void run_job(void* given) {
   Job* const job = static_cast<Job*>(given);
-  switch (job->kind) {
-    case Job::Kind::kEncode: job->kernels->encode_store(*current_pool(), job->encode); break;
-    case Job::Kind::kDecode: job->kernels->decode_heads(*current_pool(), job->decode); break;
-    case Job::Kind::kCopy:
-      if (job->from != nullptr) std::memcpy(job->to, job->from, job->nbytes);
-      else std::memset(job->to, 0, job->nbytes);
-  }
+  do_job(*job, *current_pool());
   if (job->once) delete job;
 }
 

@@ -180,8 +180,12 @@ inline void draw_unit(const Draws& d, int first) {
   }
   for (int i = 0; i < d.count; ++i) {
     if (i % 16 == 0) streams.make(static_cast<uint32_t>(i / 16));
-    for (int lane = 0; lane < lanes; ++lane)
-      d.words[offset + static_cast<ptrdiff_t>(lane) * d.count + i] = streams.block[i % 16][lane];
+    for (int lane = 0; lane < lanes; ++lane) {
+      const uint32_t word = streams.block[i % 16][lane];
+      const int half = d.count / 2;
+      if (d.words != nullptr) d.words[offset + static_cast<ptrdiff_t>(lane) * d.count + i] = word;
+      else d.signs[(static_cast<ptrdiff_t>(i / half) * d.rows + first + lane) * half + i % half] = word >> 31 ? -1 : 1;
+    }
   }
 }
 

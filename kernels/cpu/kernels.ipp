@@ -5,6 +5,7 @@
 #include "rowops.ipp"
 #include "headmaps.ipp"
 #include "draws.ipp"
+#include "rotations.ipp"
 #include "attention.ipp"
 
 inline size_t at_least(size_t a, size_t b) { return a > b ? a : b; }
@@ -101,6 +102,6 @@ template <class T>
 const Kernels* table(const char* isa) {
   static const Kernels kernels = {isa,           sizeof(typename T::E), pack_panels<T>,  run_gemm<T>, run_rmsnorm<T>,
                                   run_rope_store<T>, run_encode_store<T>, run_decode_heads<T>, run_draws,
-                                  run_attention<T>, run_silu_mul<T>, run_layer<T>};
+                                  run_build_maps, run_attention<T>, run_silu_mul<T>, run_layer<T>};
   return &kernels;
 }

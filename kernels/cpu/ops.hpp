@@ -97,9 +97,19 @@ struct Draws {
   int rows = 0, count = 0;           // R; words of a label, or entries of its shuffle
   int16_t* orders = nullptr;         // [R, count], or null: then words are written
   int16_t* inverses = nullptr;       // [R, count] or null
-  uint32_t* words = nullptr;         // [R, count]
+  uint32_t* words = nullptr;         // [R, count], or null
+  int16_t* signs = nullptr;          // 1 or -1 by each word's first bit: [2, R, count / 2], the halves of each label
 };
 constexpr int kMaxInfoBlocks = 8;
+
+// Matrices of R labels out of what was drawn for them; see rotations.ipp.
+struct BuildMaps {
+  const int16_t* drawn = nullptr;  // [8, R, D]: for each of two purposes two orders and two rows of signs;
+                                   // stretched [20, R, D]: two rotations each and the halves of D floats
+  float* out = nullptr;            // [3, R, D, D]: qk, v, its inverse; stretched [4, R, D, D]: q, k, v, out
+  int labels = 0, dim = 0;         // R, D: a power of two, 16..256
+  bool stretched = false;
+};
 
 struct Attention {
   const void* q = nullptr;  // [N, H, D]
@@ -177,6 +187,7 @@ struct Kernels {
   void (*encode_store)(Pool&, const EncodeStore&);
   void (*decode_heads)(Pool&, const DecodeHeads&);
   void (*draws)(Pool&, const Draws&);
+  void (*build_maps)(Pool&, const BuildMaps&);
   void (*attention)(Pool&, const Attention&);
   void (*silu_mul)(Pool&, const SiluMul&);
   void (*layer)(Pool&, const Layer&, const Step&);
@@ -186,7 +197,7 @@ const Kernels* bf16_avx512();  // null when this CPU or compiler lacks the instr
 const Kernels* f32_avx512();
 const Kernels* f32_generic();
 
-// Work that a stream of a GPU calls for when its turn comes (cuLaunchHostFunc), by an address made here.
+// Work that a stream of a GPU calls for when its turn comes: by a Bell, or as a host function (cuLaunchHostFunc).
 struct Job {
   enum class Kind { kEncode, kDecode, kCopy };
   Kind kind = Kind::kCopy;
@@ -198,12 +209,14 @@ struct Job {
   size_t nbytes = 0;
   bool once = true;  // else a graph repeats it, and it is never freed
 };
-void run_job(void* job);  // noexcept in effect: it allocates nothing that the first run did not
+void do_job(const Job& job, Pool& pool);  // noexcept in effect: it allocates nothing that the first run did not
+void run_job(void* job);                  // a Job* as a host function has it; freed where it runs once
 
 // Indices are checked before a kernel follows them; each throws std::out_of_range with value and range.
 void check(const RopeStore&);
 void check(const HeadMaps&, int tokens);
 void check(const Draws&);
+void check(const BuildMaps&);
 void check(const Attention&);
 void check(const Embed&);
 

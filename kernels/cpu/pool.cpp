@@ -5,7 +5,6 @@
 #include <sys/mman.h>
 
 #include <algorithm>
-#include <chrono>
 #include <cstdlib>
 #include <new>
 
@@ -35,7 +34,6 @@ void await(int spins, const Done& done) {
 }
 
 constexpr int kWaitSpins = 20000;
-constexpr auto kIdleSpin = std::chrono::microseconds(150);
 constexpr size_t kHugePage = size_t{2} << 20;
 
 std::mutex g_pool_mutex;
@@ -63,7 +61,8 @@ void Team::wait(const std::atomic<int64_t>& done, int64_t units) {
   await(kWaitSpins, [&] { return done.load(std::memory_order_acquire) >= units; });
 }
 
-Pool::Pool(int threads) : counters_(static_cast<size_t>(kMaxPhases) * (threads + 1)) {
+Pool::Pool(int threads, std::chrono::microseconds idle)
+    : idle_(idle), counters_(static_cast<size_t>(kMaxPhases) * (threads + 1)) {
   for (int i = 0; i < threads; ++i) scratch_.push_back(std::make_unique<Arena>());
   for (int i = 1; i < threads; ++i) workers_.emplace_back([this, i, threads] { worker(i, threads); });
 }
@@ -109,7 +108,7 @@ void Pool::worker(int member, int members) {
     return (now % 2 == 1 && now != seen) || stop_.load(std::memory_order_relaxed);
   };
   while (true) {
-    const auto deadline = std::chrono::steady_clock::now() + kIdleSpin;
+    const auto deadline = std::chrono::steady_clock::now() + idle_;
     for (int i = 0; !opened(); ++i) {
       relax();
       if (i % 64 != 63 || std::chrono::steady_clock::now() < deadline) continue;

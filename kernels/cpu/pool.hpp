@@ -7,6 +7,7 @@
 // with the others'. Which member runs a unit never changes the unit's result.
 #pragma once
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <cstddef>
 #include <cstdint>
@@ -80,7 +81,8 @@ class Team {
 
 class Pool {
  public:
-  explicit Pool(int threads);
+  // idle: how long a worker looks for the next region before it sleeps; waking it takes the system's time.
+  explicit Pool(int threads, std::chrono::microseconds idle = std::chrono::microseconds(150));
   ~Pool();
   Pool(const Pool&) = delete;
   Pool& operator=(const Pool&) = delete;
@@ -100,6 +102,7 @@ class Pool {
   void run_locked(size_t scratch_bytes, Entry entry, const void* ctx);
   void worker(int member, int members);
 
+  const std::chrono::microseconds idle_;
   std::mutex region_mutex_;
   std::vector<std::thread> workers_;
   std::vector<std::unique_ptr<Arena>> scratch_;

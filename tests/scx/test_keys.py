@@ -28,7 +28,7 @@ from engine.scx.keys import (
 )
 from engine.scx.matrices import CONDITION
 from engine.scx.schemes import Maps, maps_of, schemes
-from tessera_kernels import key_draws
+from tessera_kernels import head_matrices, key_draws, native
 
 LAYERS, HEADS = (0, 5), 3
 
@@ -105,6 +105,10 @@ def test_many_labels_at_once_equal_one_by_one(size: int) -> None:
         assert (np.take_along_axis(orders, inverses.astype(np.int64), axis=1) == np.arange(size)).all()
         want = np.stack([keys.stream(purpose, label).words(37) for label in labels])
         assert np.array_equal(keys.words(purpose, labels, 37), want)
+        signs = np.zeros((2, len(labels), 19), dtype=np.int16)
+        keys.signs(purpose, labels, signs)
+        first = np.stack([keys.stream(purpose, label).words(38) >> 31 for label in labels]).astype(np.int16)
+        assert np.array_equal(signs, 1 - 2 * first.reshape(-1, 2, 19).transpose(1, 0, 2))
     if size == 1 << 15:
         last = np.arange(size, 1, -1, dtype=np.uint64)
         words = np.stack([keys.stream(purpose, label).words(size - 1) for label in labels])
@@ -117,6 +121,31 @@ def test_maps_do_not_need_the_extension(scheme: str, monkeypatch: pytest.MonkeyP
     want = maps(session(scheme=scheme), scheme)
     monkeypatch.setattr(key_draws, "available", lambda: False)
     assert all(torch.equal(a, b) for a, b in zip(maps(session(scheme=scheme), scheme), want, strict=True))
+
+
+@pytest.mark.parametrize("dim", [16, 64, 256])
+@pytest.mark.parametrize("scheme", ["rotate", "mix"])
+def test_matrices_do_not_need_the_extension(scheme: str, dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch builds the same rotations to the last bit, and scaled ones within rounding."""
+    made = maps(session(scheme=scheme), scheme, dim)
+    monkeypatch.setattr(head_matrices, "fits", lambda drawn, into: False)
+    for built, want in zip(made, maps(session(scheme=scheme), scheme, dim), strict=True):
+        assert torch.equal(built, want) if scheme == "rotate" else (built - want).abs().max() < 1e-6
+
+
+@pytest.mark.skipif(not native.available(torch.float32), reason="the C++ kernels are not built")
+def test_building_refuses_what_is_no_order() -> None:
+    """An entry outside of the head, a type or a shape that does not belong to it."""
+    drawn, into = torch.zeros(8, 2, 16, dtype=torch.int16), torch.zeros(3, 2, 16, 16)
+    head_matrices.build(drawn, into)
+    for row in (0, 1, 4, 5):
+        wrong = drawn.clone()
+        wrong[row, 1, 3] = 16
+        with pytest.raises(IndexError, match="outside 0..15"):
+            head_matrices.build(wrong, into)
+    for rows, place in ((drawn.int(), into), (drawn, into[:2]), (drawn[:7], into), (drawn, into.double())):
+        with pytest.raises(ValueError, match="want"):
+            head_matrices.build(rows, place)
 
 
 def test_a_biased_word_is_drawn_again() -> None:

@@ -1,0 +1,102 @@
+"""Jobs that a word of memory calls for: each is done before the word is 0 again, whoever helps and however long nobody
+called."""
+
+from __future__ import annotations
+
+import gc
+import time
+
+import pytest
+import torch
+
+from tessera_kernels import host_jobs, native
+
+pytestmark = pytest.mark.skipif(not native.available(torch.float32), reason="the C++ kernels are not built")
+
+
+def called(bell: host_jobs.Bell, number: int) -> None:
+    """What a device does."""
+    bell.word[0] = number
+    deadline = time.monotonic() + 10
+    while int(bell.word[0]):
+        assert time.monotonic() < deadline, "nobody answered"
+
+
+def copied(to: torch.Tensor, source: torch.Tensor) -> int:
+    return native.extension().copy_job(to.data_ptr(), source.data_ptr(), to.nbytes)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_call_is_answered_when_it_is_done(threads: int) -> None:
+    """200 jobs one after the other; numbers of those that ran once are used again."""
+    bell = host_jobs.Bell(threads)
+    to, numbers = torch.zeros(1000), set()
+    for i in range(200):
+        source = torch.full((1000,), float(i + 1))
+        number = bell.add(copied(to, source))
+        called(bell, number)
+        numbers.add(number)
+        assert bool((to == i + 1).all())
+    assert numbers == {1}
+    bell.stop()
+
+
+def test_it_is_found_asleep() -> None:
+    """After a pause its thread only looks now and again, and a call is answered all the same."""
+    bell = host_jobs.Bell(2)
+    to = torch.zeros(4)
+    for value in (1.0, 2.0):
+        time.sleep(0.06)
+        source = torch.full((4,), value)
+        called(bell, bell.add(copied(to, source)))
+        assert to.tolist() == [value] * 4
+    bell.stop()
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+def test_rows_are_mapped_as_without_it(threads: int) -> None:
+    """A job that is kept runs again on other rows, and gives what it gives in the thread that launches."""
+    heads, groups, dim, count = 4, 2, 64, 37
+    draw = torch.Generator().manual_seed(3)
+    angles = torch.rand(50, 2, dim // 2, generator=draw)
+    maps = tuple(torch.rand(5, groups, dim, generator=draw).argsort(dim=-1).to(torch.int16) for _ in range(3))
+    came = torch.zeros(count, (heads + 2 * groups) * dim)
+    goes = torch.zeros_like(came)
+    positions = torch.arange(count, dtype=torch.int32)
+    slots = torch.arange(count, dtype=torch.int32) % 5
+    crossing = host_jobs.Crossing(came, goes, positions, slots, torch.arange(count, dtype=torch.int32))
+    cpu, bell = torch.device("cpu"), host_jobs.Bell(threads)
+    kept = native.OPS[torch.float32].encode_job(
+        came.data_ptr(), goes.data_ptr(), angles.data_ptr(), positions.data_ptr(), slots.data_ptr(),
+        crossing.own.data_ptr(), *(each.data_ptr() for each in maps), False, 5, maps[0].stride(0), count, heads, groups,
+        dim, 50, False, False)  # fmt: skip
+    number = bell.add(kept)
+    for _ in range(3):
+        came.copy_(torch.randn(came.shape, generator=draw))
+        host_jobs.encode(crossing, angles, maps, heads, cpu)  # type: ignore[arg-type]
+        want = goes.clone()
+        goes.zero_()
+        called(bell, number)
+        assert bool(want.any()) and torch.equal(goes, want)
+    bell.stop()
+
+
+def test_it_ends_with_its_owner() -> None:
+    """Dropped without a word, its threads are gone."""
+    import threading
+    from pathlib import Path
+
+    before = len(list(Path("/proc/self/task").iterdir()))
+    bell = host_jobs.Bell(3)
+    assert len(list(Path("/proc/self/task").iterdir())) == before + 3
+    del bell
+    gc.collect()
+    deadline = time.monotonic() + 10
+    while len(list(Path("/proc/self/task").iterdir())) > before:
+        assert time.monotonic() < deadline, threading.active_count()
+
+
+def test_threads_must_make_sense() -> None:
+    """Not a thousand and more."""
+    with pytest.raises(ValueError, match="outside 1..1024"):
+        host_jobs.Bell(2000)
