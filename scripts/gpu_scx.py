@@ -363,8 +363,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--max-num-seqs", type=int, default=256)
     parser.add_argument("--pool-gib", type=int, default=24)
     parser.add_argument("--secure", default=["cuda:0", "cpu"], nargs="+", help="secure devices of the cost part [both]")
-    parser.add_argument("--bell", action="store_true", help="secure device cpu: a waiting thread is called by a word of "
-                        "memory, instead of by the driver (not yet measured)")  # fmt: skip
+    parser.add_argument("--bell", action="store_true",
+                        help="secure device cpu: a waiting thread is called by a word of memory, not by the driver")
     parser.add_argument("--no-chat", action="store_true", help="decodes only")
     asked = parser.parse_args(arguments)
     chosen = asked.parts.split(",")
