@@ -6,8 +6,8 @@ what is mapped. That is a launch a prompt, and the host needs about 35 us for it
 into one launch of our kernel, as do windows, which fa3-fwd's builds leave out. Lengths come from Batch.spans, on the
 host: a graph with a prompt in it fits that prompt only.
 
-Prompts multiply and decodes read memory, so the two may share the device: FlashAttention leaves some multiprocessors
-free, and the decodes run on those at the same time, in a stream of their own.
+Prompts multiply and decodes read memory, so the two could share the device: FlashAttention leaves some multiprocessors
+free, and the decodes run on those at the same time, in a stream of their own (`beside`; off until it is measured).
 """
 
 from __future__ import annotations
@@ -79,7 +79,8 @@ class FaVattn:
         self._prefill, self.decode_half = attention_prefill, DecodeHalf(spec)
         self.scale, self._spec = spec.head_dim**-0.5, spec
         self._sms = torch.cuda.get_device_properties(0).multi_processor_count
-        self.beside: int | None = None  # for measurements: multiprocessors for the decodes, whatever the batch
+        # multiprocessors for decodes that run beside prompts; 0: after them; None: by the batch. 0 until it is measured
+        self.beside: int | None = 0
         self._side, self._begin, self._end = torch.cuda.Stream(), torch.cuda.Event(), torch.cuda.Event()
         self._step: Batch | None = None  # the step that _shared is of
         self._shared = 0
