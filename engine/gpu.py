@@ -86,7 +86,7 @@ def rehearse(runner: Runner, slot: int, tokens: int, sequences: int) -> None:
     """Run the rehearsal, sampled greedily and by every rule, and take the pinned memory that steps are staged in."""
     rules = SamplingParams(temperature=1.0, top_k=5, top_p=0.9, min_p=0.1, seed=0)
     for rows in rehearsal(slot, tokens, sequences):
-        step = runner.store.place(pack(rows).to(runner.device))
+        step = runner.store.place(runner.widened(pack(rows)).to(runner.device))
         in_pieces = runner.pieces is not None and runner.pieces.fits(step)
         logits = (runner.pieces if runner.pieces is not None and in_pieces else runner.model)(step)
         for params in (SamplingParams(temperature=0.0), rules):

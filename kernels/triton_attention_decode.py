@@ -100,10 +100,6 @@ class DecodeWorkspace:
             config=config,
         )
 
-    def programs_on(self, sms: int) -> int:
-        """Programs of a launch that finds so many multiprocessors free; 0 = all."""
-        return min(self.programs, sms * self.config.programs_per_sm) if sms else self.programs
-
 
 def measured_config(q: torch.Tensor, dim: int) -> DecodeConfig:
     """The fastest measured on this device for this head size, else one that fits anywhere."""
@@ -290,12 +286,12 @@ def _decode_kernel(
                     tl.store(arrived + head, 0)
 
 
-def line_up(slots: torch.Tensor, kv_lens: torch.Tensor, workspace: DecodeWorkspace, sms: int = 0) -> None:
+def line_up(slots: torch.Tensor, kv_lens: torch.Tensor, workspace: DecodeWorkspace) -> None:
     """Writes the line of a step into its workspace, for every layer of the step.
 
-    slots, kv_lens (B,) int32 on the device. sms: multiprocessors that the layers' launches will find free; 0 = all. A
-    sequence of length 0 is left out: its rows of the output are not written. Raises ValueError for more sequences than
-    the workspace has counters for; slots and lengths are trusted, as reading them would wait for the device.
+    slots, kv_lens (B,) int32 on the device. A sequence of length 0 is left out: its rows of the output are not written.
+    Raises ValueError for more sequences than the workspace has counters for; slots and lengths are trusted, as reading
+    them would wait for the device.
     """
     batch, groups, config = slots.shape[0], workspace.kv_heads, workspace.config
     require_ints("slots", slots, batch)
@@ -305,7 +301,7 @@ def line_up(slots: torch.Tensor, kv_lens: torch.Tensor, workspace: DecodeWorkspa
     if batch:
         room = room_for(batch)
         _line_kernel[(min(sms_of(slots), 128),)](
-            workspace.line, workspace.extent, slots, kv_lens, batch, workspace.programs_on(sms), workspace.window,
+            workspace.line, workspace.extent, slots, kv_lens, batch, workspace.programs, workspace.window,
             BATCH=room, GROUPS=groups, BLOCK_N=config.keys, MIN_UNITS=MIN_TILES, AT_ONCE=max(2, min(64, 8192 // room)),
             num_warps=4,
         )  # fmt: skip
@@ -320,14 +316,12 @@ def attention_decode(
     out: torch.Tensor | None = None,
     pdl: bool = False,
     table: torch.Tensor | None = None,
-    sms: int = 0,
 ) -> torch.Tensor:
     """softmax(scale * q k^T) v of one query a sequence -> (B, H * D), for the sequences that line_up() was told of.
 
     q (B, H, D) contiguous; k_view, v_view (S, C, G, D). The query of sequence b sits at kv_lens[b] - 1 and sees its
     last workspace.window keys (all when 0). table (S, M) int32: k_view and v_view are blocks (blocks, T, G, D), and
-    block m of a slot holds its tokens m * T and on. sms: as line_up() was told. Raises ValueError for a
-    wrong shape, dtype or stride.
+    block m of a slot holds its tokens m * T and on. Raises ValueError for a wrong shape, dtype or stride.
     """
     require_float("q", q)
     slab = slab_of(k_view, v_view, q.dtype)
@@ -345,7 +339,7 @@ def attention_decode(
     if batch == 0:
         return out
     rows = power_of_two(ratio)
-    _decode_kernel[(workspace.programs_on(sms),)](
+    _decode_kernel[(workspace.programs,)](
         q, k_view, v_view, out, workspace.partial, workspace.stats, workspace.arrived, workspace.line,
         workspace.extent, workspace.line if table is None else table, workspace.window, scale * LOG2_E,
         slab.slot_stride, slab.token_stride, slab.head_stride, table_stride(table), RATIO=ratio, DIM=slab.dim,

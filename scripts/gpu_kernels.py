@@ -1,7 +1,7 @@
 """Check and time the GPU's kernels: `python -m scripts.gpu_kernels [--sections check,decode,...] [--json PATH]`.
 
 Sections: check (every operation against float64), rows, decode, prefill, gemv, gemm, layer, and of whole backends
-(scripts/gpu_phases.py) phases, paged, sample, beside; scx (encoded layers). Each variant of a kernel
+(scripts/gpu_phases.py) phases, paged, sample; scx (encoded layers). Each variant of a kernel
 is timed in a CUDA graph over rotating buffers; the table prints its speed, its share of the measured ceiling and the
 library beside it. The settings that win go into the JSON file; as kernels/tuning/<device>.json the kernels use them.
 A variant that fails is reported by its error's first line and left out. Shapes are Llama-3-8B's.
@@ -329,7 +329,7 @@ SECTIONS: dict[str, Callable[[Session], None]] = {
     "check": section_check, "rows": section_rows, "decode": section_decode, "prefill": section_prefill,
     **{name: section_of("gpu_library", name) for name in ("library", "search")},
     "gemv": section_gemv, "gemm": section_gemm, "layer": section_layer,
-    **{name: section_of("gpu_phases", name) for name in ("phases", "paged", "sample", "beside")},
+    **{name: section_of("gpu_phases", name) for name in ("phases", "paged", "sample")},
     "scx": gpu_scx_kernels.measure,
 }  # fmt: skip
 

@@ -124,28 +124,6 @@ def phases(s: Session) -> None:
         print("  by phase:", times, flush=True)
 
 
-BESIDE: dict[str, Chunks] = {
-    "704 at 2k + 16x2800": [(1344, 704), *[(2799, 1)] * 16], "1024 at 2k + 43x2800": [(1024, 1024), *[(2799, 1)] * 43],
-    "512 at 2k + 64x2048": [(1536, 512), *[(2047, 1)] * 64], "1280 at 4k + 45x2800": [(2816, 1280), *[(2799, 1)] * 45],
-    "8160 at 0 + 31x8200": [(0, 8160), *[(8199, 1)] * 31],
-}  # fmt: skip
-
-
-def beside(s: Session) -> None:
-    """Prompts and decodes of a step one after the other and at once, by how many multiprocessors the decodes get."""
-    if s.compile_only or backends["fa_vattn"].missing():
-        print(f"  fa_vattn: {backends['fa_vattn'].missing()}", flush=True)
-        return
-    for shape, chunks in BESIDE.items():
-        case = Case.make(s, shape, chunks)
-        for sms in (0, 24, 33, 44, 55, 66, 77, 88):
-            backend: Any = backends["fa_vattn"](SPEC)
-            backend.beside = sms
-            case.time("beside", "one after the other" if not sms else f"{sms} multiprocessors for decodes",
-                      case.call(backend))  # fmt: skip
-        s.show_best("beside", shape, 9)
-
-
 def paged(s: Session) -> None:
     """The same kernels over slabs and over blocks of 32 tokens (a 2 MiB page of 32 layers) and of 16."""
     shapes = {"64x512": [(511, 1)] * 64, "64x2048": [(2047, 1)] * 64, "64x8192": [(8191, 1)] * 64,

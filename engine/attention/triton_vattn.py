@@ -36,7 +36,7 @@ class DecodeHalf:
         self.pdl = starts_early()
         # by window; a graph captured with a workspace goes on using it, so outgrown ones are kept
         self._workspaces: dict[int, list[tuple[int, DecodeWorkspace]]] = {}
-        self._lined_up: dict[int, tuple[Batch, int]] = {}  # the step, and its sms, whose line stands in the workspace
+        self._lined_up: dict[int, Batch] = {}  # by window: the step whose line stands in the workspace
 
     def _workspace(self, q: torch.Tensor, sequences: int, max_tokens: int, window: int) -> DecodeWorkspace:
         made = self._workspaces.setdefault(window, [])
@@ -50,11 +50,10 @@ class DecodeHalf:
 
     def __call__(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: Batch, window: int, out: torch.Tensor,
-        table: torch.Tensor | None = None, sms: int = 0,
+        table: torch.Tensor | None = None,
     ) -> None:  # fmt: skip
         """Rows behind batch.num_prefill_tokens, one a sequence, into the same rows of out (N, H * D). table: of
-        blocks, where k and v are such. sms: multiprocessors to use, the others being busy; 0 = all. A step's layers
-        bring the same Batch, another step another one."""
+        blocks, where k and v are such. A step's layers bring the same Batch, another step another one."""
         tokens, prompts = batch.num_prefill_tokens, len(batch.spans)
         slots, kv_lens = batch.slots[prompts:], batch.kv_lens[prompts:]
         if q.shape[0] - tokens != slots.shape[0]:
@@ -64,13 +63,11 @@ class DecodeHalf:
         if slots.shape[0]:
             most = k.shape[1] if table is None else k.shape[1] * table.shape[1]
             workspace = self._workspace(q, slots.shape[0], most, window)
-            lined_up, lined_sms = self._lined_up.get(window, (None, 0))
-            if lined_up is not batch or lined_sms != sms:
-                self._kernel.line_up(slots, kv_lens, workspace, sms)
-                self._lined_up[window] = (batch, sms)
-            early = self.pdl and not sms and slots.shape[0] >= EARLY_SEQUENCES
-            self._kernel.attention_decode(q[tokens:], k, v, self.scale, workspace, out=out[tokens:], pdl=early,
-                                          table=table, sms=sms)  # fmt: skip
+            if self._lined_up.get(window) is not batch:
+                self._kernel.line_up(slots, kv_lens, workspace)
+                self._lined_up[window] = batch
+            self._kernel.attention_decode(q[tokens:], k, v, self.scale, workspace, out=out[tokens:],
+                                          pdl=self.pdl and slots.shape[0] >= EARLY_SEQUENCES, table=table)  # fmt: skip
 
 
 def cuda_missing() -> str | None:

@@ -12,6 +12,7 @@ from itertools import islice
 from engine.core.errors import InvariantError, Refusal
 from engine.core.growth import GrowthForecast
 from engine.core.ledger import KvLedger
+from engine.core.load import Load, load_of
 from engine.core.plan import Admission, Chunk, StepPlan
 from engine.core.queues import Queues
 from engine.core.sequence import Sequence, Status
@@ -69,6 +70,10 @@ class StepDraft:
     def num_prefills(self) -> int:
         """Prefill chunks proposed so far."""
         return len(self._prefills)
+
+    def load(self) -> Load:
+        """What the chunks proposed so far have to do."""
+        return load_of([*self._prefills, *self._decodes])
 
     def sort_running(self) -> None:
         """Order what runs by priority and arrival; a policy that wants it asks for it first."""

@@ -13,6 +13,7 @@ from engine.core.errors import ConfigError, InvariantError, RequestError
 from engine.core.flight import Flight
 from engine.core.growth import GrowthForecast
 from engine.core.ledger import KvLedger
+from engine.core.load import load_of
 from engine.core.plan import Failure, StepPlan, StepResult, Update
 from engine.core.policies import Pace, Policy
 from engine.core.queues import Queues
@@ -156,7 +157,7 @@ class Scheduler:
         if self._pace is not None and self._ended is not None:
             ended, self._ended = self._ended, None
             # it began when it was planned, or when the step before it ended
-            self._pace.observe(ended.prefill_tokens, now_s - max(ended.planned_s, self._end_s))
+            self._pace.observe(load_of(ended.plan.chunks), now_s - max(ended.planned_s, self._end_s))
             self._end_s = now_s
         queues = self.queues
         draft = self.draft_class(

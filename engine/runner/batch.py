@@ -6,11 +6,12 @@ It holds what kernels need to find a sequence's cache: slot numbers and lengths.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +109,15 @@ class Batch:
                      self.q_starts[prompts:] - tokens, self.kv_lens[prompts:], none, paged=self.paged,
                      host=hosts[1])  # fmt: skip
         return first, rest
+
+    def widened(self, rows: int) -> Batch:
+        """The same with `rows` rows that get logits: those behind its own R stand for no sequence (token row 0, slot
+        -1, length 0), and nothing of them is meant. For a batch of pack()."""
+        more = rows - self.sample_rows.shape[0]
+        if more <= 0 or self.ends is None:
+            return self
+        nobody = torch.tensor([[-1], [0]], dtype=self.ends.dtype).expand(2, more)
+        return replace(self, sample_rows=F.pad(self.sample_rows, (0, more)), ends=torch.cat([self.ends, nobody], dim=1))
 
     def sampling(self) -> Batch | None:
         """The last tokens of the chunks that sample, one row each, as a batch of decodes; nothing is stored of it. None

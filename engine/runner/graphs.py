@@ -64,6 +64,11 @@ class DecodeGraphs:
             if progress is not None:
                 progress(done, len(self._sizes))
 
+    def room(self, rows: int) -> int:
+        """The next captured size; `rows` itself beyond the largest."""
+        place = bisect_left(self._sizes, rows)
+        return self._sizes[place] if place < len(self._sizes) else rows
+
     def fits(self, batch: Batch, picks: Sequence[Pick]) -> bool:
         """Whether a batch is a pure decode that a captured graph can run."""
         return (
@@ -78,7 +83,7 @@ class DecodeGraphs:
         """host: a batch that fits, on the CPU; picks: a rule a row. Returns (B,) int64 ids on the device, valid until
         the next replay."""
         count = host.num_tokens
-        size = self._sizes[bisect_left(self._sizes, count)]
+        size = self.room(count)
         captured = self._graphs[size]
         staged = torch.empty(captured.inputs.shape[0], dtype=torch.int32, pin_memory=True)
         _fill(staged.numpy(), host, count, size)

@@ -22,10 +22,11 @@ class NewestTokens:
         return torch.where(batch.tokens < 0, newest, batch.tokens)
 
     def note(self, batch: Batch, picked: torch.Tensor) -> None:
-        """picked: (R,) ids of batch.sample_rows. An id of -1 (not finite) is noted as 0: its sequence ends anyway."""
+        """picked: (R,) ids of the first R of batch.sample_rows. One of -1 (not finite) is noted as 0: its sequence ends."""
         if picked.device.type == "cpu":
             return
-        places = self._places(batch.token_slots.index_select(0, batch.sample_rows))
+        rows = batch.sample_rows[: picked.shape[0]]
+        places = self._places(batch.token_slots.index_select(0, rows))
         self._ids.index_copy_(0, places, picked.clamp(min=0))
 
     def _places(self, slots: torch.Tensor) -> torch.Tensor:

@@ -159,21 +159,28 @@ class Runner:
             if self.scx is not None:
                 self.scx.seal(host)
             return picked
-        batch = host.to(self.device)
+        batch = self.widened(host).to(self.device)
         batch.tokens = self.newest.resolve(batch)
         batch = self.store.place(batch)
         pieces = self.pieces if self.pieces is not None and self.pieces.fits(batch) else None
         if pieces is not None and self.scx is not None:
             self.scx.claim(batch)
-        logits = self.model(batch) if pieces is None else pieces(batch)  # (R, V)
+        logits = self.model(batch) if pieces is None else pieces(batch)
         if not picks:
             return None
+        logits = logits[: len(picks)]  # (R, V)
         raw = RawRows(logits, picks) if any(pick.params.logprobs is not None for pick in picks) else None
         picked = self.sampler(logits, picks)
         if raw is not None:
             launched.watched, launched.top = raw.rows, raw.logprobs(picked)
         self.newest.note(batch, picked)
         return picked
+
+    def widened(self, host: Batch) -> Batch:
+        """With as many rows for the head as a recorded step has: the library loads a kernel anew for every eight rows
+        more, and the whole GPU waits tens of milliseconds for the first use of each."""
+        rows = host.sample_rows.shape[0]
+        return host if self.graphs is None or not rows else host.widened(self.graphs.room(rows))
 
     def _pick(self, chunk: Chunk) -> Pick:
         """How the token behind a sampling chunk is to be chosen."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 
 import pytest
@@ -10,8 +11,11 @@ import pytest
 from engine.core.config import EngineConfig
 from engine.core.errors import ConfigError
 from engine.core.ledger import ADMISSION_RULES, KvLedger
+from engine.core.load import Load
 from engine.core.plan import StepResult
 from engine.core.policies import ChunkSchedule, Pace, make_policy
+from engine.core.policies._pace import STEP_TOKENS
+from engine.core.policies._step_time import StepTime
 from engine.core.policies.sarathi import CONSIDERED
 from engine.core.request import Request, SamplingParams
 from engine.core.scheduler import Scheduler
@@ -21,24 +25,58 @@ from tests.core.fakes import make_loop, make_request, make_scheduler
 
 
 def test_times_are_learnt_and_followed_when_they_change() -> None:
-    """Base and slope come out of noisy steps; a slower machine is noticed within some dozens of steps."""
-    rng, pace = random.Random(1), Pace(0.02, 0.04)
-    assert pace.chunk_tokens(0) is None
-    for base, slope in ((0.006, 2e-5), (0.010, 4e-5)):
-        for _ in range(150):
-            tokens = rng.choice([0, 0, 64, 256, 512])
-            pace.observe(tokens, (base + slope * tokens) * rng.uniform(0.97, 1.03))
-        assert pace.predict() == (pytest.approx(base, rel=0.05), pytest.approx(slope, rel=0.05))
-    # from the target to the bound as requests wait; ever a multiple of 32, and never none
-    calm = pace.chunk_tokens(0)
-    burst = pace.chunk_tokens(100_000)  # four seconds of prefill came at once: that alone changes little
+    """What each kind of work costs comes out of noisy steps; a slower machine is noticed within some dozens of steps,
+    and one stall is not."""
+    rng, times = random.Random(1), StepTime()
+    assert times.tokens_within(1.0, Load(), 0) == math.inf
+    decodes = Load(40, 120_000)
+    for fixed, token, cached, pair in ((3e-3, 2e-5, 3e-8, 1e-9), (4e-3, 3.5e-5, 5e-8, 2e-9)):
+        def took(load: Load, costs: tuple[float, ...] = (fixed, token, cached, pair)) -> float:
+            return sum(cost * part for cost, part in zip(costs, (1, *load), strict=True))
+
+        for _ in range(200):
+            load = Load(rng.randrange(200, 1500), rng.randrange(20_000, 200_000), rng.uniform(0, 4e6))
+            times.observe(load, took(load) * rng.uniform(0.98, 1.02))
+        for load in (Load(700, 100_000, 1e6), Load(1400, 20_000, 0.0), decodes):
+            assert times.predict(load) == pytest.approx(took(load), rel=0.08)
+        for context in (0, 4000):
+            count = times.tokens_within(0.06, decodes, context)
+            whole = Load(40 + int(count), 120_000, count * (context + count / 2))
+            assert took(whole) == pytest.approx(0.06, rel=0.05)
+        before = times.predict(decodes)
+        times.observe(Load(700, 100_000, 1e6), 0.5)
+        assert times.predict(decodes) == pytest.approx(before, rel=0.2)
+    assert times.tokens_within(0.001, decodes, 0) < 0
+
+
+def test_a_step_reaches_from_the_target_to_the_bound() -> None:
+    """As requests wait; long steps are of whole grains, and a prompt always gets on."""
+    pace = Pace(0.02, 0.04)
+    assert pace.reach(Load(8, 100), 0, 0) is None
+    for i in range(200):
+        load = Load(100 + 37 * i % 900, 1000 * (i % 7), 1e5 * (i % 5))
+        pace.times.observe(load, 0.004 + 2e-5 * load.tokens + 1e-8 * load.cached + 1e-10 * load.pairs)
+    decodes = Load(8, 1000)
+    calm, burst = pace.reach(decodes, 0, 0), pace.reach(decodes, 0, 100_000)
+    assert calm == 768 and burst == 768  # 16 ms of 20 us; that two seconds of prefill came at once changes little
     for _ in range(300):
-        crowded = pace.chunk_tokens(100_000)
-    assert burst is not None and calm is not None and burst < 1.5 * calm
-    assert calm is not None and crowded is not None and calm % 32 == crowded % 32 == 0
-    assert calm == pytest.approx(0.010 / 4e-5, abs=48) and crowded == pytest.approx(0.030 / 4e-5, abs=96)
-    assert pace.chunk_tokens(10**9) == crowded
-    assert Pace(0.001, 0.001, _sums=list(pace._sums)).chunk_tokens(9) == 32
+        crowded = pace.reach(decodes, 0, 100_000)
+    assert crowded == 1664 == pace.reach(decodes, 0, 10**9)
+    assert pace.reach(Load(8, 10**7), 0, 0) == 8 + STEP_TOKENS
+    few = Pace(0.0075, 0.0075, times=pace.times).reach(decodes, 0, 0)
+    assert few is not None and 128 < few < 192 and few % 32 == 0
+
+
+def test_small_steps_say_nothing_of_large_ones() -> None:
+    """Steps of under half of what was granted are not learnt from: weights are read once, however few tokens."""
+    pace = Pace(0.02, 0.04)
+    pace.observe(Load(500), 0.010)
+    granted = pace.reach(Load(4), 0, 0)
+    assert granted is not None and pace.times.seen == 1
+    pace.observe(Load(granted // 2 - 1), 0.009)
+    assert pace.times.seen == 1
+    pace.observe(Load(granted // 2), 0.010)
+    assert pace.times.seen == 2
 
 
 def run(capsys: pytest.CaptureFixture[str], *flags: str) -> dict[str, float]:

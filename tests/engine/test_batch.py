@@ -43,3 +43,15 @@ def test_the_rows_that_get_logits_are_a_batch_of_decodes(wanted: tuple[int, ...]
 def test_decodes_alone_are_their_own_last_rows() -> None:
     """Nothing to pick out."""
     assert pack([Row(0, 3, [1], True), Row(1, 5, [1], True)]).sampling() is None
+
+
+def test_rows_for_nobody_lie_behind_the_others() -> None:
+    """A batch widened to more rows of logits says who they are for, and those behind are for no slot and length 0."""
+    batch = pack([Row(4, 2, [1, 2, 3], True), Row(5, 0, [1, 2], False), Row(6, 9, [1], True)])
+    wide = batch.widened(5)
+    assert wide.sample_rows.tolist() == [2, 5, 0, 0, 0]
+    assert wide.ends is not None and wide.ends.tolist() == [[4, 6, -1, -1, -1], [5, 10, 0, 0, 0]]
+    decodes = wide.sampling()
+    assert decodes is not None and decodes.slots.tolist() == [4, 6, -1, -1, -1]
+    assert batch.widened(2) is batch and batch.widened(1) is batch
+    assert (wide.tokens is batch.tokens) and wide.spans == batch.spans

@@ -1,19 +1,22 @@
-"""How many prompt tokens a step may take so that those who decode wait no longer than asked: learnt from step times.
+"""How many tokens a step may run so that those who decode wait no longer than asked, by what steps are known to last.
 
-A step is taken to last base + slope * prompt tokens, fitted to the steps that were, newer ones counting more. It knows
-neither clocks nor sequences: whoever drives it says how long a step took, so the same times give the same chunks.
+It knows neither clocks nor sequences: whoever drives it says how long a step took, so the same times give the same
+chunks.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from engine.core.errors import ConfigError
+from engine.core.load import Load
+from engine.core.policies._step_time import StepTime
 
-STEP_TOKENS = 32  # chunks are multiples of this, and never less: a prompt always gets on
+STEP_TOKENS = 32  # of prompts, never less: a prompt always gets on
+GRAIN_TOKENS = 128  # what a GPU's products round a long step up to; a shorter step has finer grains
 CALM_S, CROWDED_S = 0.10, 0.24  # seconds of prefill that wait: the target holds up to the one, the bound from the other
-FADE = 0.97  # weight of a step for each newer one
-BACKLOG_FADE = 0.98  # likewise, of what waited: a burst shall not make steps long, a crowd that stays shall
+BACKLOG_FADE = 0.98  # weight, for each newer step, of what waited: a burst shall not make steps long, a crowd shall
 
 
 @dataclass(slots=True)
@@ -26,37 +29,29 @@ class Pace:
     target_s: float
     bound_s: float
     backlog_s: float = 0.0  # seconds of prefill that wait, averaged over steps
-    _sums: list[float] = field(default_factory=lambda: [0.0] * 5)  # of 1, x, x * x, y, x * y; x tokens, y seconds
+    times: StepTime = field(default_factory=StepTime)
+    _granted: int = 0  # tokens that a step might run when last asked
 
     def __post_init__(self) -> None:
         if not 0 < self.target_s <= self.bound_s:
             raise ConfigError(f"target_s={self.target_s} is not above 0 and at most bound_s={self.bound_s}")
 
-    def observe(self, prompt_tokens: int, seconds: float) -> None:
-        """A step of so many prompt tokens took so long."""
-        x, y = float(prompt_tokens), seconds
-        self._sums = [FADE * old + new for old, new in zip(self._sums, (1.0, x, x * x, y, x * y), strict=True)]
+    def observe(self, load: Load, seconds: float) -> None:
+        """A step of this load took so long. One much smaller than those to be sized tells nothing of them: weights are
+        read once, however few tokens there are."""
+        if 2 * load.tokens >= self._granted:
+            self.times.observe(load, seconds)
 
-    def predict(self) -> tuple[float, float]:
-        """(base, slope) in seconds and seconds a token; (0, 0) before anything was seen. A slope that the steps seen
-        do not tell (all had as many prompt tokens) is what all of their time would make of it."""
-        count, x, xx, y, xy = self._sums
-        if not count:
-            return 0.0, 0.0
-        spread = count * xx - x * x
-        if spread > 1e-6 * max(1.0, xx * count):
-            slope = max(0.0, (count * xy - x * y) / spread)
-            return max(0.0, (y - slope * x) / count), slope
-        return (y / count, 0.0) if x == 0 else (0.0, y / x)
-
-    def chunk_tokens(self, backlog_tokens: int) -> int | None:
-        """Prompt tokens of a step that has decodes, while so many are still to run; asked once a step. None: nothing is
-        known that would limit them."""
-        base, slope = self.predict()
-        if slope == 0.0:
-            return None
-        self.backlog_s += (1 - BACKLOG_FADE) * (backlog_tokens * slope - self.backlog_s)
+    def reach(self, decodes: Load, context: int, backlog_tokens: int) -> int | None:
+        """Tokens of a step that has these decodes, while so many prompt tokens are still to run, the first of them
+        behind `context` cached ones; asked once a step. None: nothing is known that would limit them."""
+        self.backlog_s += (1 - BACKLOG_FADE) * (backlog_tokens * self.times.token_s - self.backlog_s)
         crowd = min(1.0, max(0.0, (self.backlog_s - CALM_S) / (CROWDED_S - CALM_S)))
         limit_s = self.target_s + (self.bound_s - self.target_s) * crowd
-        tokens = int((limit_s - base) / slope) // STEP_TOKENS * STEP_TOKENS
-        return max(STEP_TOKENS, tokens)
+        prompts = self.times.tokens_within(limit_s, decodes, context)
+        if prompts == math.inf:
+            return None
+        total = decodes.tokens + max(0, int(prompts))
+        grain = min(GRAIN_TOKENS, max(STEP_TOKENS, 1 << (total // 4).bit_length() - 1)) if total >= 4 else STEP_TOKENS
+        self._granted = max(decodes.tokens + STEP_TOKENS, total // grain * grain)
+        return self._granted

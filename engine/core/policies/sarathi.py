@@ -8,12 +8,10 @@ from __future__ import annotations
 from engine.core.draft import StepDraft
 from engine.core.errors import ConfigError
 from engine.core.policies import DEFAULT_CHUNK_TOKENS, PolicyOptions, policies
-from engine.core.policies._pace import STEP_TOKENS
 from engine.core.sequence import Sequence, Status
 
 AGED_TOKENS_S = 10_000  # tokens by which a prompt counts as shorter for each second it waited
 CONSIDERED = 512  # of those who wait, in line: what looking at all of thousands takes would be missed in every step
-GRAIN_TOKENS = 64  # what a GPU's products and graphs round a step up to
 
 
 @policies.register("sarathi")
@@ -41,10 +39,10 @@ class Sarathi:
         draft.budget_tokens = self.chunk_tokens
         draft.sort_running()
         partial = draft.decode()
-        reach = self._reach(draft, partial)
         if self.shortest_first:
-            self._fill_shortest(draft, partial, reach)
+            self._fill_shortest(draft, partial)
             return
+        reach = self._reach(draft, partial, partial)
         starved = False
         bound = self.chunk_tokens
         for sequence in partial:
@@ -60,16 +58,18 @@ class Sarathi:
             if not draft.admit(waiting, min(waiting.left, bound - draft.num_tokens)):
                 return
 
-    def _fill_shortest(self, draft: StepDraft, partial: list[Sequence], reach: int) -> None:
+    def _fill_shortest(self, draft: StepDraft, partial: list[Sequence]) -> None:
         """The step's tokens go to the prompts with the fewest left, new or in progress; who waited counts as less."""
         def place(sequence: Sequence) -> tuple[int, float]:
             waited_s = draft.now_s - sequence.arrival_s
             return sequence.request.priority, sequence.left - AGED_TOKENS_S * waited_s
 
+        prompts = sorted([*partial, *draft.arrived(CONSIDERED)], key=place)
+        reach = self._reach(draft, partial, prompts)
         for sequence in partial:
             draft.keep(sequence)
         full = False
-        for sequence in sorted([*partial, *draft.arrived(CONSIDERED)], key=place):
+        for sequence in prompts:
             share = min(sequence.left, reach - draft.num_tokens)
             if share <= 0:
                 return
@@ -78,18 +78,14 @@ class Sarathi:
             elif not full:  # nobody passes one who is refused, but those in progress go on
                 full = not draft.admit(sequence, share)
 
-    def _reach(self, draft: StepDraft, partial: list[Sequence]) -> int:
-        """Tokens of this step at most, its decodes being in. Without decodes nobody waits for it to be short."""
-        decodes = draft.num_tokens
-        if self.pace is None or not decodes:
+    def _reach(self, draft: StepDraft, partial: list[Sequence], prompts: list[Sequence]) -> int:
+        """Tokens of this step at most, its decodes being in. Without decodes nobody waits for it to be short. prompts:
+        as they are to be run, the first of them at least, if it is in progress."""
+        if self.pace is None or not draft.num_tokens:
             return self.chunk_tokens
         backlog = sum(sequence.left for sequence in partial) + draft.queues.waiting.tokens
-        chunk = self.pace.chunk_tokens(backlog)
-        if chunk is None:
-            return self.chunk_tokens
-        # whole grains: a step of a few tokens more would take as long as one of the next grain
-        total = (decodes + chunk) // GRAIN_TOKENS * GRAIN_TOKENS
-        return min(self.chunk_tokens, max(decodes + STEP_TOKENS, total))
+        reach = self.pace.reach(draft.load(), prompts[0].computed if prompts else 0, backlog)
+        return self.chunk_tokens if reach is None else min(self.chunk_tokens, reach)
 
     def _size(self, sequence: Sequence, reach: int) -> int:
         """Tokens that a step may reach while it runs this prompt."""
