@@ -13,7 +13,7 @@ import triton.language as tl
 from tessera_kernels.checks import require, require_ints, require_rows
 from tessera_kernels.triton_support import early, gdc_launch, gdc_wait, power_of_two, require_float, slab_of
 
-_HEADS_A_PROGRAM = 8
+_HEADS_A_PROGRAM = 16
 
 
 @triton.jit(do_not_specialize=["tokens", "positions", "slots", "rows"])
@@ -115,6 +115,6 @@ def rope_store(
             qkv, cos_sin, positions, slots_of_token, rows, q, k_view, v_view, tokens, slab.slot_stride,
             slab.token_stride, slab.head_stride, HEADS=heads, GROUPS=slab.kv_heads, DIM=slab.dim, HALF=half,
             BLOCK_HALF=power_of_two(half), BLOCK_HEADS=_HEADS_A_PROGRAM, PARTS=parts, INTERLEAVED=interleaved,
-            num_warps=2, **early(pdl),
+            num_warps=4, **early(pdl),
         )  # fmt: skip
     return q

@@ -12,18 +12,19 @@ import triton.language as tl
 from tessera_kernels.checks import require, require_rows
 from tessera_kernels.triton_support import early, gdc_launch, gdc_wait, require_float
 
-_BLOCK = 1024
+_BLOCK, _WARPS = 2048, 8
 
 
-@triton.jit
-def _silu_mul_kernel(x, y, HALF: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+@triton.jit(do_not_specialize=["rows"])
+def _silu_mul_kernel(x, y, rows, HALF: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
     if PDL:
         gdc_wait()
         gdc_launch()
-    row = tl.program_id(0).to(tl.int64)
+    # the last rows first: they were written last, so they are still in the cache
+    row = rows - 1 - tl.program_id(0).to(tl.int64)
     c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    gate = tl.load(x + row * 2 * HALF + c, mask=c < HALF, other=0.0).to(tl.float32)
-    up = tl.load(x + row * 2 * HALF + HALF + c, mask=c < HALF, other=0.0).to(tl.float32)
+    gate = tl.load(x + row * 2 * HALF + c, mask=c < HALF, other=0.0, eviction_policy="evict_first").to(tl.float32)
+    up = tl.load(x + row * 2 * HALF + HALF + c, mask=c < HALF, other=0.0, eviction_policy="evict_first").to(tl.float32)
     # rounded between the two, where a model that keeps activations in this type rounds
     silu = (gate / (1 + tl.exp(-gate))).to(y.dtype.element_ty).to(tl.float32)
     tl.store(y + row * HALF + c, (silu * up).to(y.dtype.element_ty), mask=c < HALF)
@@ -39,6 +40,6 @@ def silu_mul(x: torch.Tensor, pdl: bool = False) -> torch.Tensor:
     y = torch.empty((rows, double // 2), dtype=x.dtype, device=x.device)
     if rows:
         _silu_mul_kernel[(rows, triton.cdiv(double // 2, _BLOCK))](
-            x, y, HALF=double // 2, BLOCK=_BLOCK, num_warps=4, **early(pdl)
+            x, y, rows, HALF=double // 2, BLOCK=_BLOCK, num_warps=_WARPS, **early(pdl)
         )
     return y

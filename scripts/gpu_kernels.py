@@ -328,6 +328,7 @@ def section_of(file: str, which: str) -> Callable[[Session], None]:
 SECTIONS: dict[str, Callable[[Session], None]] = {
     "check": section_check, "rows": section_rows, "decode": section_decode, "prefill": section_prefill,
     **{name: section_of("gpu_library", name) for name in ("library", "search")},
+    "sustained": section_of("gpu_power", "sustained"),
     "gemv": section_gemv, "gemm": section_gemm, "layer": section_layer,
     **{name: section_of("gpu_phases", name) for name in ("phases", "paged", "sample")},
     "scx": gpu_scx_kernels.measure,

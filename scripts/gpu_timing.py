@@ -68,9 +68,8 @@ def show(rows: Sequence[Row]) -> None:
               f"{row.tflops_s:7.1f} TFLOP/s {row.percent:5.1f} %", flush=True)  # fmt: skip
 
 
-def graph_us(call: Call, buffers: int, *, calls: int = 0, target_ms: float = 25.0) -> float:
-    """Median time of one call in microseconds: a CUDA graph of calls over buffers 0.., replayed."""
-    calls = calls or max(buffers, 4)
+def graph_of(call: Call, buffers: int, calls: int) -> torch.cuda.CUDAGraph:
+    """A CUDA graph of so many calls over buffers 0.., which were called outside of it before."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -82,6 +81,13 @@ def graph_us(call: Call, buffers: int, *, calls: int = 0, target_ms: float = 25.
     with torch.cuda.graph(graph):
         for i in range(calls):
             call(i % buffers)
+    return graph
+
+
+def graph_us(call: Call, buffers: int, *, calls: int = 0, target_ms: float = 25.0) -> float:
+    """Median time of one call in microseconds: a CUDA graph of calls over buffers 0.., replayed."""
+    calls = calls or max(buffers, 4)
+    graph = graph_of(call, buffers, calls)
     graph.replay()
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()

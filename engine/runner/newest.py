@@ -22,7 +22,7 @@ class NewestTokens:
         return torch.where(batch.tokens < 0, newest, batch.tokens)
 
     def note(self, batch: Batch, picked: torch.Tensor) -> None:
-        """picked: (R,) ids of the first R of batch.sample_rows. One of -1 (not finite) is noted as 0: its sequence ends."""
+        """picked: (R,) ids of the first R of batch.sample_rows. -1 (not finite) is noted as 0: its sequence ends."""
         if picked.device.type == "cpu":
             return
         rows = batch.sample_rows[: picked.shape[0]]
