@@ -7,6 +7,7 @@ import logging
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -238,6 +239,27 @@ def test_what_lm_eval_asks(llms: dict[str, LLM]) -> None:
     assert len(encode("word " * 3000)) > llm.engine.scheduler.length_limit and rolled < 0
     (said,) = scx_lm_eval.generated(llm, [(context, {"until": ["\n"], "max_gen_toks": 3})])
     assert isinstance(said, str)
+
+
+def test_the_engine_as_lm_evals_model(llms: dict[str, LLM], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its three questions, each answered in the order of the requests, by an encoded engine as by the plain one."""
+    for name in ("lm_eval", "lm_eval.api", "lm_eval.api.model"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    monkeypatch.setattr(sys.modules["lm_eval.api.model"], "LM", object, raising=False)
+    asked = [("the cat sat on", " the mat"), ("one two", " three")]
+    plain = llms["plain"]
+    scores = [scx_lm_eval.continuation(plain, *pair)[0] for pair in asked]
+    totals = [scx_lm_eval.rolling(plain, text) for text, _ in asked]
+    rules = {"until": ["\n"], "max_gen_toks": 4}
+    texts = scx_lm_eval.generated(plain, [(text, rules) for text, _ in asked])
+    assert len(set(scores)) == len(set(totals)) == len(set(texts)) == 2
+    for llm in llms.values():
+        model = scx_lm_eval.as_lm_eval(llm)
+        found = model.loglikelihood([SimpleNamespace(args=pair) for pair in asked])
+        assert [total for total, _ in found] == pytest.approx(scores, rel=1e-3)
+        rolled = model.loglikelihood_rolling([SimpleNamespace(args=(text,)) for text, _ in asked])
+        assert rolled == pytest.approx(totals, rel=1e-3)
+        assert model.generate_until([SimpleNamespace(args=(text, rules)) for text, _ in asked]) == texts
 
 
 def test_lm_eval_is_asked_for_by_name(
