@@ -276,3 +276,8 @@ def test_lm_eval_is_asked_for_by_name(
     scx_lm_eval.write_task(corpus, 5, tmp_path)
     assert json.loads((tmp_path / "cloze.jsonl").read_text())["word"] == "lamp"
     assert "{{passage}}" in (tmp_path / "tessera_cloze.yaml").read_text()
+    assert scx_lm_eval.main(["--task-folder", str(tmp_path / "made"), "--limit", "2"]) == 0
+    lines = (tmp_path / "made" / "cloze.jsonl").read_text().splitlines()
+    task = (tmp_path / "made" / "tessera_cloze_generated.yaml").read_text()
+    assert len(lines) == 2 and str(tmp_path / "made" / "cloze.jsonl") in task and "max_gen_toks: 8," in task
+    assert "'^\\s*([A-Za-z]+)'" in task and "{{word}}" in task
