@@ -4,8 +4,8 @@
 
 Most tasks fetch their texts from a hub. Where there is none, --cloze FILE.jsonl (scripts.corpora) makes a task of the
 passages of `scripts.scx accuracy`, scored by lm-eval. The server's completions route is no way in for tasks that score
-given answers, since `echo` with `logprobs` is refused there; --task-folder writes the passages as a task that generates,
-for lm-eval's `local-completions`, and ends. The last line is JSON.
+given answers, since `echo` with `logprobs` is refused there; --task-folder writes the passages as a task that
+generates, for lm-eval's `local-completions`, and ends. The last line is JSON.
 """
 
 from __future__ import annotations

@@ -101,8 +101,8 @@ def _say(config: ScxConfig, shape: HeadShape, compute: torch.device) -> None:
         if config.segment_tokens >= shape.head_dim:
             log.warning("SCX: %d tokens a key are no fewer than the %d entries of a head: known text of that length "
                         "undoes it", config.segment_tokens, shape.head_dim)
-    if config.debug:
-        log.info("[SCX DEBUG] %s: %s", LAYERS, layers)
-        log.info("[SCX DEBUG] %s: %s", DEVICE, config.secure_device)
-        log.info("[SCX DEBUG] scheme %s, %d heads over %d KV heads of %d, %d slots, sealed blocks of %d tokens",
-                 config.scheme, shape.heads, shape.kv_heads, shape.head_dim, shape.slots, config.seal_tokens)
+    if config.debug:  # asked for, so as warnings: a program without a logging configuration shows these
+        log.warning("[SCX DEBUG] %s: %s", LAYERS, layers)
+        log.warning("[SCX DEBUG] %s: %s", DEVICE, config.secure_device)
+        log.warning("[SCX DEBUG] scheme %s, %d heads over %d KV heads of %d, %d slots, sealed blocks of %d tokens",
+                    config.scheme, shape.heads, shape.kv_heads, shape.head_dim, shape.slots, config.seal_tokens)

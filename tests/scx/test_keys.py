@@ -127,7 +127,7 @@ def test_maps_do_not_need_the_extension(scheme: str, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize("fast", [True, False])
 @pytest.mark.parametrize("scheme", ["perm", "perm-static", "rotate", "mix"])
 def test_no_frameworks_generator_takes_part(scheme: str, fast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Seeds change nothing, and no generator of Python, numpy or torch is a step further afterwards, nor a new one made."""
+    """Seeds change nothing, no generator of Python, numpy or torch is a step further afterwards, and none is made."""
     if not fast:
         monkeypatch.setattr(key_draws, "available", lambda: False)
         monkeypatch.setattr(head_matrices, "fits", lambda drawn, into: False)

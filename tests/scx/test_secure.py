@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -270,6 +271,13 @@ def test_the_log_says_what_a_scheme_does_not_hide(scheme: str, said: str, caplog
     assert whole == f"{THREATS} Selected layers: 0,2; docs/scx.md says more."
     assert "no isolation" in where and said in own and "public weights" in own
     assert "SCX DEBUG" not in caplog.text and set(OF_SCHEME) == set(schemes.names())
+
+
+def test_debugging_shows_without_a_logging_configuration(caplog: pytest.LogCaptureFixture) -> None:
+    """As SCX-vLLM prints it: layers and device, above the level that Python shows by itself."""
+    side(debug=True)
+    shown = [record.getMessage() for record in caplog.records if record.levelno >= logging.lastResort.level]
+    assert {"[SCX DEBUG] SCX_ENC_LAYERS: 0,2", "[SCX DEBUG] SCX_SECURE_DEVICE: cpu"} < set(shown)
 
 
 def test_the_document_has_the_statement_that_is_logged(root: Path) -> None:
