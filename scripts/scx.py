@@ -9,6 +9,8 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from engine.core.errors import ConfigError
+
 COMMANDS = {
     "accuracy": ("scripts.scx_accuracy", "perplexity and a cloze task, plain against each scheme"),
     "example": ("scripts.scx_example", "a plain and an encoded engine give the same answers"),
@@ -21,14 +23,19 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command named first; the rest of the line is its own. 2 when there is no such command."""
+    """Run the command named first; the rest of the line is its own. 2 when there is no such command, and with one line
+    for what the user can fix."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] not in COMMANDS:
         known = "\n".join(f"  {name:<10} {what}" for name, (_, what) in COMMANDS.items())
         print(f"python -m scripts.scx COMMAND; --help behind it tells its flags\n{known}", file=sys.stderr)
         return 2
     module = importlib.import_module(COMMANDS[arguments[0]][0])
-    return int(module.main(arguments[1:]))
+    try:
+        return int(module.main(arguments[1:]))
+    except ConfigError as error:
+        print(f"python -m scripts.scx {arguments[0]}: {error}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ LAYOUTS = ("mega", "per_layer")
 # attention backends of a device, with the kernel set that stores the plain layer's rows
 BACKENDS = {
     "cpu": {"torch_vattn": "torch", "cpu_vattn": "cpu"},
-    "cuda": {"triton_vattn": "cuda", "fa_vattn": "cuda"},
+    "cuda": {"triton_vattn": "cuda", "fa_vattn": "cuda", "fi_vattn": "cuda"},
 }
 EXTRAS = ("", "sealed", "segments", "sealed segments")
 LIMITS = {"float32": 5e-6, "perm": 5e-4, "rotate": 1.25, "mix": 1.5}

@@ -1,11 +1,12 @@
 """The smallest use of SCX, as SCX-vLLM's users write it: `python -m scripts.scx example [MODEL]`.
 
 The same questions to a plain engine and to one whose first and last layers are encoded; greedy, in float32, so the
-answers are the same. MODEL: a folder, GGUF or hub id; SmolLM2-135M-Instruct without it.
+answers are the same.
 """
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 
 from scx.keys import get_scx_config, scx_env_init
@@ -17,7 +18,9 @@ QUESTIONS = ("What is the capital of France?", "Name three rivers.", "Why is the
 
 def main(argv: Sequence[str]) -> int:
     """Ask both engines. 1 when an answer differs."""
-    model = argv[0] if argv else None
+    parser = argparse.ArgumentParser(prog="python -m scripts.scx example", description=__doc__)
+    parser.add_argument("model", nargs="?", help="folder, GGUF or hub id; default SmolLM2-135M-Instruct")
+    model = parser.parse_args(argv).model
     conversations = [[{"role": "user", "content": question}] for question in QUESTIONS]
     sampling = SamplingParams(temperature=0.0, max_tokens=32)
     answers: list[list[str]] = []

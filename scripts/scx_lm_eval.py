@@ -4,7 +4,8 @@
 
 Most tasks fetch their texts from a hub. Where there is none, --cloze FILE.jsonl (scripts.corpora) makes a task of the
 passages of `scripts.scx accuracy`, scored by lm-eval. The server's completions route is no way in for tasks that score
-given answers, since `echo` with `logprobs` is refused there. The last line is JSON.
+given answers, since `echo` with `logprobs` is refused there; --task-folder writes the passages as a task that
+generates, for lm-eval's `local-completions`, and ends. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -23,19 +24,20 @@ from tqdm import tqdm
 from engine import LLM, SamplingParams
 from engine.core.errors import ConfigError
 from scripts.benching.environment import environment
-from scripts.scx_accuracy import clozes, read_corpus
+from scripts.scx_accuracy import ANSWER_TOKENS, clozes, python_reference, read_corpus
 from scripts.scx_scoring import score
 
-CLOZE = "tessera_cloze"
-# what lm-eval's own LAMBADA asks: is the last word, as it stands, the likeliest continuation?
-TASK = """task: {name}
+CLOZE, GENERATED = "tessera_cloze", "tessera_cloze_generated"
+TEXTS = """task: {name}
 dataset_path: json
 dataset_kwargs:
   data_files:
     test: {texts}
-output_type: loglikelihood
 test_split: test
 doc_to_text: "{{{{passage}}}}"
+"""
+# what lm-eval's own LAMBADA asks: is the last word, as it stands, the likeliest continuation?
+SCORED = TEXTS + """output_type: loglikelihood
 doc_to_target: "{{{{' ' + word}}}}"
 metric_list:
   - metric: perplexity
@@ -44,6 +46,18 @@ metric_list:
   - metric: acc
     aggregation: mean
     higher_is_better: true
+"""
+# what `scripts.scx accuracy` asks: does the answer begin with that word?
+ANSWERED = TEXTS + """output_type: generate_until
+doc_to_target: "{{{{word}}}}"
+generation_kwargs: {{until: [], max_gen_toks: {tokens}, do_sample: false, temperature: 0.0}}
+filter_list:
+  - name: first word
+    filter:
+      - {{function: regex, regex_pattern: '^\\s*([A-Za-z]+)'}}
+      - {{function: take_first}}
+metric_list:
+  - {{metric: exact_match, aggregation: mean, higher_is_better: true, ignore_case: true}}
 """
 
 
@@ -105,15 +119,17 @@ def as_lm_eval(llm: LLM) -> Any:
     return Tessera()
 
 
-def write_task(corpus: Path, count: int, folder: Path) -> None:
-    """The cloze task's files, for --include-path."""
-    passages = clozes(read_corpus(corpus), count)
+def write_task(corpus: Path | None, count: int, folder: Path) -> None:
+    """The cloze tasks' files, for --include-path. corpus: None = Python's language reference."""
+    passages = clozes(python_reference() if corpus is None else read_corpus(corpus), count)
     if not passages:
         raise ConfigError(f"--cloze {corpus}: no passage fits")
-    texts = folder / "cloze.jsonl"
+    folder.mkdir(parents=True, exist_ok=True)
+    texts = folder.resolve() / "cloze.jsonl"
     lines = (json.dumps({"passage": one.passage, "word": one.word}) for one in passages)
     texts.write_text("\n".join(lines) + "\n", "utf-8")
-    (folder / f"{CLOZE}.yaml").write_text(TASK.format(name=CLOZE, texts=texts), "utf-8")
+    for name, task in ((CLOZE, SCORED), (GENERATED, ANSWERED)):
+        (folder / f"{name}.yaml").write_text(task.format(name=name, texts=texts, tokens=ANSWER_TOKENS), "utf-8")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -121,6 +137,8 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m scripts.scx lm-eval", description=__doc__)
     parser.add_argument("--tasks", default="", help="lm-eval's names, with commas")
     parser.add_argument("--cloze", type=Path, help="JSON lines with texts, to make a task of")
+    parser.add_argument("--task-folder", type=Path, help="write the passages' tasks here (without --cloze, of Python's "
+                                                         "language reference) and end")  # fmt: skip
     parser.add_argument("--include-path", type=Path, help="a folder with tasks of your own")
     parser.add_argument("--limit", type=int, default=200, help="documents of a task")
     parser.add_argument("--model", default=None)
@@ -140,6 +158,10 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
+    if args.task_folder is not None:
+        write_task(args.cloze, args.limit, args.task_folder)
+        print(json.dumps({"tasks": [CLOZE, GENERATED], "include_path": str(args.task_folder)}))
+        return 0
     tasks = [name.strip() for name in args.tasks.split(",") if name.strip()]
     if not tasks and args.cloze is None:
         raise ConfigError("no task; give --tasks, or --cloze with texts")

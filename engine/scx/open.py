@@ -22,13 +22,17 @@ from engine.scx.segments import SegmentBackend, SegmentedSide
 
 log = logging.getLogger(__name__)
 
-# Spec 4.3 in short; the whole statement stands in docs/scx.md.
+# Logged at every start, and the first words of docs/scx.md on what SCX protects: a test compares them.
 THREATS = (
-    "SCX obfuscates the KV cache of layers %s: a copy of that cache alone, without the session's key, cannot be used "
-    "or read directly. It is not encryption. Known prefixes, queries, scores, hidden states or logits seen on the "
-    "compute device undo every scheme; other layers' caches are plaintext and enough to recover a prompt. It protects "
-    "neither integrity nor lengths, timing or sampled tokens, and from no malicious compute node. docs/scx.md has the "
-    "whole statement"
+    "SCX encoding makes the KV cache of the selected layers unusable and not directly readable to a party that obtains "
+    "a snapshot of that cache only (host swap, disk, crash dump, misrouted transfer, another tenant) and lacks the "
+    "session key. It is obfuscation, not encryption: with public weights, permutation mode is reversible from a single "
+    "snapshot; rotation mode is reversible from norms; every mode is reversible with a known prefix of about head_dim "
+    "tokens under one key, or by a party that observes queries, hidden states, scores or logits on the compute device. "
+    "Layers not selected are plaintext and are enough to recover the prompt. It gives no integrity, no protection from "
+    "a malicious compute node, no protection of lengths, timing, batch composition or sampled tokens. Use a "
+    "confidential GPU or another trusted execution environment for protection against the operator; use AES-GCM for KV "
+    "at rest outside the device."
 )
 OF_SCHEME = {
     "perm": "permutation mode is reversible from a single snapshot with public weights: sorting a row undoes it",
@@ -83,7 +87,7 @@ def side_of(config: ScxConfig, compute: torch.device, dtype: torch.dtype) -> typ
 
 def _say(config: ScxConfig, shape: HeadShape, compute: torch.device) -> None:
     layers = ",".join(map(str, config.layers))
-    log.warning(THREATS, layers)
+    log.warning("%s Selected layers: %s; docs/scx.md says more.", THREATS, layers)
     if config.in_worker:
         log.warning("SCX: keys live in a process of their own (%s), on this machine and its kernel: whoever is root "
                     "here reads both", config.secure_device)
@@ -97,8 +101,8 @@ def _say(config: ScxConfig, shape: HeadShape, compute: torch.device) -> None:
         if config.segment_tokens >= shape.head_dim:
             log.warning("SCX: %d tokens a key are no fewer than the %d entries of a head: known text of that length "
                         "undoes it", config.segment_tokens, shape.head_dim)
-    if config.debug:
-        log.info("[SCX DEBUG] %s: %s", LAYERS, layers)
-        log.info("[SCX DEBUG] %s: %s", DEVICE, config.secure_device)
-        log.info("[SCX DEBUG] scheme %s, %d heads over %d KV heads of %d, %d slots, sealed blocks of %d tokens",
-                 config.scheme, shape.heads, shape.kv_heads, shape.head_dim, shape.slots, config.seal_tokens)
+    if config.debug:  # asked for, so as warnings: a program without a logging configuration shows these
+        log.warning("[SCX DEBUG] %s: %s", LAYERS, layers)
+        log.warning("[SCX DEBUG] %s: %s", DEVICE, config.secure_device)
+        log.warning("[SCX DEBUG] scheme %s, %d heads over %d KV heads of %d, %d slots, sealed blocks of %d tokens",
+                    config.scheme, shape.heads, shape.kv_heads, shape.head_dim, shape.slots, config.seal_tokens)

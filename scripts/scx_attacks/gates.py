@@ -19,7 +19,8 @@ LENGTHS_SEEP = 0.05  # A2 and A3 compare rows with their lengths, which a rotati
 LENGTHS_MIXED = 0.10  # A4 against maps that stretch
 SEGMENTED = 0.05  # A5 where the known tokens fill other segments
 SHARED_KEY = "perm-static"
-LINKABLE = {"perm": ("sorted", "norms", "gram"), "rotate": ("norms", "gram"), "mix": ()}  # besides "projection"
+PERMUTED = ("sorted", "norms", "gram")
+LINKABLE = {"perm-static": PERMUTED, "perm": PERMUTED, "rotate": ("norms", "gram"), "mix": ()}  # besides "projection"
 
 
 def near_chance(chance: float, samples: int, factor: float = CHANCE_FACTOR) -> float:
@@ -71,12 +72,14 @@ def _tokens(row: Row) -> list[str]:
 def _relations(row: Row) -> list[str]:
     """A8's alarm and A9."""
     reuse = row.rates["A8 reuse"][0]
-    if row.rules.scheme == SHARED_KEY:
-        return [] if reuse > WORKS else [f"one key for all requests, and A8 sees only {reuse:.1%} equal rows"]
-    found = [] if reuse == 0 else [f"A8 sees {reuse:.2%} equal rows in two requests with keys of their own"]
     raw, chance = row.rates["A9 raw"]
-    if raw > (limit := near_chance(chance, row.linked_rows, LINK_FACTOR)):
-        found.append(f"A9 links {raw:.1%} of raw rows, more than {limit:.1%}")
+    if row.rules.scheme == SHARED_KEY:
+        found = [f"one key for all requests, and {name} sees only {value:.1%} equal rows"
+                 for name, value in (("A8", reuse), ("A9 raw", raw)) if value <= WORKS]  # fmt: skip
+    else:
+        found = [] if reuse == 0 else [f"A8 sees {reuse:.2%} equal rows in two requests with keys of their own"]
+        if raw > (limit := near_chance(chance, row.linked_rows, LINK_FACTOR)):
+            found.append(f"A9 links {raw:.1%} of raw rows, more than {limit:.1%}")
     if row.rules.segment_tokens:
         return found
     for by in (*LINKABLE[row.rules.scheme], "projection"):

@@ -7,6 +7,7 @@ import logging
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -240,6 +241,27 @@ def test_what_lm_eval_asks(llms: dict[str, LLM]) -> None:
     assert isinstance(said, str)
 
 
+def test_the_engine_as_lm_evals_model(llms: dict[str, LLM], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its three questions, each answered in the order of the requests, by an encoded engine as by the plain one."""
+    for name in ("lm_eval", "lm_eval.api", "lm_eval.api.model"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    monkeypatch.setattr(sys.modules["lm_eval.api.model"], "LM", object, raising=False)
+    asked = [("the cat sat on", " the mat"), ("one two", " three")]
+    plain = llms["plain"]
+    scores = [scx_lm_eval.continuation(plain, *pair)[0] for pair in asked]
+    totals = [scx_lm_eval.rolling(plain, text) for text, _ in asked]
+    rules = {"until": ["\n"], "max_gen_toks": 4}
+    texts = scx_lm_eval.generated(plain, [(text, rules) for text, _ in asked])
+    assert len(set(scores)) == len(set(totals)) == len(set(texts)) == 2
+    for llm in llms.values():
+        model = scx_lm_eval.as_lm_eval(llm)
+        found = model.loglikelihood([SimpleNamespace(args=pair) for pair in asked])
+        assert [total for total, _ in found] == pytest.approx(scores, rel=1e-3)
+        rolled = model.loglikelihood_rolling([SimpleNamespace(args=(text,)) for text, _ in asked])
+        assert rolled == pytest.approx(totals, rel=1e-3)
+        assert model.generate_until([SimpleNamespace(args=(text, rules)) for text, _ in asked]) == texts
+
+
 def test_lm_eval_is_asked_for_by_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -254,3 +276,8 @@ def test_lm_eval_is_asked_for_by_name(
     scx_lm_eval.write_task(corpus, 5, tmp_path)
     assert json.loads((tmp_path / "cloze.jsonl").read_text())["word"] == "lamp"
     assert "{{passage}}" in (tmp_path / "tessera_cloze.yaml").read_text()
+    assert scx_lm_eval.main(["--task-folder", str(tmp_path / "made"), "--limit", "2"]) == 0
+    lines = (tmp_path / "made" / "cloze.jsonl").read_text().splitlines()
+    task = (tmp_path / "made" / "tessera_cloze_generated.yaml").read_text()
+    assert len(lines) == 2 and str(tmp_path / "made" / "cloze.jsonl") in task and "max_gen_toks: 8," in task
+    assert "'^\\s*([A-Za-z]+)'" in task and "{{word}}" in task

@@ -124,6 +124,7 @@ def test_flags_as_the_command_line_spells_them() -> None:
     made = scx_config(config, SPEC)
     assert made is not None and made.scheme == "perm-static" and made.seal_tokens == 8 and made.debug
     assert made.layers == (0, 29) and made.key_file == "/k" and made.page_seal
+    assert resolved(scx_layers="0", scx_page_seal=True).seal_tokens == 16 and not resolved(scx_layers="0").page_seal
 
 
 def test_the_environment_as_scx_vllm_users_set_it() -> None:

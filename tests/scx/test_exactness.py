@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import accumulate, product
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from engine.runner.batch import Row, pack
 from engine.scx.attention import Scx, ScxAttention, shuffle_blocks
 from engine.scx.errors import OutOfOrder
 from engine.scx.schemes import row_bytes
-from engine.scx.secure import SealOrder
+from engine.scx.secure import LocalSecureSide, SealOrder
 from scripts import scx_exactness
 from scripts.scx_exactness import Case, Verdict, run_case
 from tessera_kernels.native import OPS
@@ -30,9 +31,9 @@ from tests.engine import oracle
 
 OUTPUTS = 16
 
-# Every dtype, scheme, schedule, layout, backend and extra at least once with each scheme.
+# Every dtype, schedule, layout and backend with each scheme; every schedule with each dtype, layout, backend and extra.
 LAYER_CASES = [
-    Case(dtype, scheme, scx_exactness.SCHEDULES[(i + 3 * j) % 6], scx_exactness.LAYOUTS[(i + j) % 2], backend, extra)
+    Case(dtype, scheme, scx_exactness.SCHEDULES[(i + j) % 6], scx_exactness.LAYOUTS[(i + j // 2) % 2], backend, extra)
     for i, (scheme, extra) in enumerate(
         (scheme, extra) for extra in scx_exactness.EXTRAS for scheme in scx_exactness.SCHEMES
         if not ("segments" in extra and scheme == "perm-static")
@@ -47,6 +48,18 @@ LAYER_CASES = [
 def case_id(case: Case) -> str:
     """A name without blanks."""
     return str(case).replace(", ", "-").replace(" ", "_")
+
+
+def test_the_cases_are_a_fair_part_of_the_matrix() -> None:
+    """What the comment above says, counted; and the whole matrix has every backend that an encoded layer may get."""
+    values = {"dtype": scx_exactness.DTYPES, "scheme": scx_exactness.SCHEMES, "schedule": scx_exactness.SCHEDULES,
+              "layout": scx_exactness.LAYOUTS, "backend": scx_exactness.BACKENDS["cpu"], "extra": scx_exactness.EXTRAS}
+    pairs = [(one, other) for one in ("dtype", "layout", "backend") for other in ("scheme", "schedule")]
+    for one, other in [*pairs, ("schedule", "scheme"), ("extra", "schedule")]:
+        met = {(getattr(case, one), getattr(case, other)) for case in LAYER_CASES}
+        assert met == set(product(values[one], values[other])), (one, other)
+    slots = {name for name in backends.names() if not backends[name].caps.paged}
+    assert slots == {name for fitting in scx_exactness.BACKENDS.values() for name in fitting}
 
 
 @pytest.mark.parametrize("case", LAYER_CASES, ids=case_id)
@@ -74,8 +87,6 @@ def test_the_16_bit_error_over_roots(scheme: str, monkeypatch: pytest.MonkeyPatc
 def test_a_wrong_key_gives_garbage(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Decoded, or looked up, with another session's maps the output is off by more than half; with its own it is not.
     So the test above would notice a map that is not undone."""
-    from engine.scx.secure import LocalSecureSide
-
     case = Case("float32", scheme, "chunks of 7", "mega", "torch_vattn")
     fill = LocalSecureSide._fill
     for wrong in ("out", "q"):
@@ -122,6 +133,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
 ENGINES: dict[str, dict[str, Any]] = {
     "perm": {"scx_scheme": "perm", "scx_layers": "0,2"},
     "rotate-all": {"scx_scheme": "rotate", "scx_layers": "all", "chunk_tokens": 7},
+    "whole": {"scx_scheme": "mix", "scx_layers": "0,2", "scheduler": "orca", "max_model_len": 128,
+              "kv_layout": "per_layer"},
+    "ones": {"scx_scheme": "perm", "scx_layers": "all", "chunk_tokens": 1, "scx_page_seal": True},
     "mix-sealed": {"scx_scheme": "mix", "scx_layers": "all", "scx_page_seal": True, "chunk_tokens": 64},
     "static": {"scx_scheme": "perm-static", "scx_layers": "1", "kv_layout": "per_layer"},
     "torch": {"scx_scheme": "mix", "scx_layers": "0,2", "kernels": "torch", "attention_backend": "torch_vattn"},
@@ -144,6 +158,23 @@ def test_greedy_tokens_equal_the_plain_models(family: str, tiny: dict[str, Path]
         engine.close()
 
 
+def test_a_sliding_window_over_encoded_rows(tmp_path: Path) -> None:
+    """Without sealing, rows keep their places, so a window cuts the same rows: the plain tokens, which differ from a
+    model's without a window."""
+    window = {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}
+    folders = [models.tiny_qwen2_dir(tmp_path, 27, **window), models.tiny_qwen2_dir(tmp_path / "whole", 27)]
+    many = oracle.prompts(6, models.TINY_VOCAB, 8, 30, 60)
+    outputs = []
+    for folder, settings in [(folder, {}) for folder in folders] + [
+        (folders[0], {"scx_layers": "all", "scx_scheme": scheme, "chunk_tokens": 7}) for scheme in ("perm", "mix")
+    ]:
+        engine = oracle.make_engine(folder, **settings)
+        outputs.append(oracle.run_greedy(engine, many, OUTPUTS))
+        engine.close()
+    plain, without, *encoded = outputs
+    assert encoded == [plain, plain] and plain != without
+
+
 def test_scx_vllms_names_and_variables_reach_the_engine(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -163,7 +194,7 @@ def test_scx_vllms_names_and_variables_reach_the_engine(
     monkeypatch.setenv("SCX_ENC_LAYERS", "0,1")
     with LLM(str(folder), **settings) as encoded:
         assert encoded.engine.executor.runner.scx.scx.config.layers == (0, 1)
-        assert "It is not encryption" in caplog.text and "no isolation" in caplog.text
+        assert "obfuscation, not encryption" in caplog.text and "no isolation" in caplog.text
         monkeypatch.setenv("SCX_ENC_LAYERS", "0")
         assert encoded.generate([[7, 8, 9]], rule, use_tqdm=False)[0].outputs[0].token_ids == wanted
         assert "SCX_ENC_LAYERS changed after the engine was built" in caplog.text
@@ -222,15 +253,16 @@ def test_smollm2_says_the_same(settings: dict[str, Any]) -> None:
     verdict.check()
 
 
-def cached(engine: Any, length: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """K and V (length, G, D) of slot 0, layer by layer, after one prompt."""
-    runner = engine.executor.runner
+def cached(engine: Any, *chunks: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """K and V (length, G, D) of slot 0, layer by layer, after one prompt that ran in chunks of so many tokens."""
+    runner, length = engine.executor.runner, sum(chunks)
     slot = runner.store.allocator.acquire(length)
     assert slot == 0 and runner.store.allocator.ensure(slot, length) is None
     if runner.scx is not None:
         runner.scx.scx.secure.open(slot, b"n" * 16)
     with torch.inference_mode():
-        runner.model(pack([Row(slot, 0, list(range(3, 3 + length)), True)]))
+        for count, end in zip(chunks, accumulate(chunks), strict=True):
+            runner.model(pack([Row(slot, end - count, list(range(3 + end - count, 3 + end)), True)]))
     views = (runner.store.layer_views(layer) for layer in range(3))
     return [(k[0, :length].clone(), v[0, :length].clone()) for k, v in views]
 
@@ -256,9 +288,19 @@ def test_only_encoded_layers_are_encoded_in_the_cache(scheme: str, kernels: str,
     encoded.close()
 
 
-def test_off_costs_nothing(tiny: dict[str, Path]) -> None:
-    """Without SCX the pieces are the very classes they were, no secure side exists, and plain layers of an encoded
-    model stay fused; with it, calls and bytes are what the formula says."""
+def test_off_costs_nothing(tiny: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without SCX nothing is transferred, the pieces are the very classes they were, no secure side exists, and plain
+    layers of an encoded model stay fused; with it, calls and bytes are what the formula says."""
+    transfers: list[tuple[int, int]] = []  # every one of this process, whoever counts it
+    count = LocalSecureSide._count
+
+    def counted(self: LocalSecureSide, incoming: int, outgoing: int, calls: int = 1) -> None:
+        transfers.append((incoming, outgoing))
+        count(self, incoming, outgoing, calls)
+
+    monkeypatch.setattr(LocalSecureSide, "_count", counted)
+    for name, text in (("SCX_ENC_LAYERS", ""), ("SCX_SECURE_DEVICE", "cpu"), ("SCX_ENABLE_DEBUG", "True")):
+        monkeypatch.setenv(name, text)  # as SCX-vLLM's users switch it off
     plain = oracle.make_engine(tiny["llama"])
     encoded = oracle.make_engine(tiny["llama"], scx_layers="1")
     assert plain.executor.runner.scx is None
@@ -269,12 +311,14 @@ def test_off_costs_nothing(tiny: dict[str, Path]) -> None:
     assert CpuKernels().fuse(layer) is layer
     many = oracle.prompts(3, models.TINY_VOCAB, 4, 5, 9)
     oracle.run_greedy(plain, many, 4)
+    assert transfers == []
     oracle.run_greedy(encoded, many, 4)
     scx: Scx = encoded.executor.runner.scx.scx
     tokens = sum(len(prompt) + 3 for prompt in many)
     heads, groups, dim = 4, 2, 16
     formula = tokens * 4 * (heads + 2 * groups + heads) * dim  # qkv one way, then the output; as much comes back
     assert scx.secure.traffic.bytes_in == scx.secure.traffic.bytes_out == formula
+    assert tuple(map(sum, zip(*transfers, strict=True))) == (formula, formula)
     assert scx.secure.traffic.calls == 2 * 4  # of one layer: a prefill step and three of decodes
     plain.close()
     encoded.close()
@@ -351,9 +395,9 @@ def test_an_observer_sees_what_crosses_and_changes_nothing(tiny: dict[str, Path]
     engine.close()
 
 
-def test_the_observer_sees_the_order_of_sealed_blocks(tiny: dict[str, Path]) -> None:
-    """What the secure side tells the compute device to shuffle by crosses as the queries do, so V3 has it: undone by
-    it, the slab is what V1 saw written."""
+def test_blocks_are_sealed_in_the_step_that_fills_them(tiny: dict[str, Path]) -> None:
+    """Whether a prompt or a decode fills a block, its rows are shuffled before the next step reads them, and no row
+    before that. The order crosses as the queries do, so V3 has it: by it, the slab is what V1 saw written."""
     seen: list[tuple[str, dict[str, torch.Tensor]]] = []
 
     def watch(view: str, layer: int, tensors: dict[str, torch.Tensor]) -> None:
@@ -361,12 +405,17 @@ def test_the_observer_sees_the_order_of_sealed_blocks(tiny: dict[str, Path]) -> 
 
     engine = oracle.make_engine(tiny["llama"], scx_layers="1", scx_page_seal=True, scx_seal_tokens=4)
     engine.executor.runner.scx.scx.observer = watch
-    keys, _ = cached(engine, 10)[1]
-    assert [view for view, _ in seen] == ["V1", "V3", "V4", "V3", "V4"]
-    written, told = seen[0][1]["k"], seen[3][1]
-    assert told["slots"].tolist() == [0, 0] and told["firsts"].tolist() == [0, 4] and told["order"].shape == (2, 2, 4)
-    assert not torch.equal(keys, written)
-    for first, orders in zip(told["firsts"].tolist(), told["order"], strict=True):
-        for head, order in enumerate(orders):
-            assert torch.equal(keys[first : first + 4, head], written[first + order, head])
+    keys, values = cached(engine, 10, 1, 1, 1)[1]
+    filling, other = ["V1", "V3", "V4", "V3", "V4"], ["V1", "V3", "V4", "V4"]
+    assert [view for view, _ in seen] == filling + other + filling + other
+    written = [torch.cat([each[side] for _, each in seen if side in each]) for side in ("k", "v")]
+    told = [each for _, each in seen if "order" in each]
+    assert [each["firsts"].tolist() for each in told] == [[0, 4], [8]] and not any(each["slots"].any() for each in told)
+    for side, wrote in zip((keys, values), written, strict=True):
+        for each in told:
+            for first, orders in zip(each["firsts"].tolist(), each["order"], strict=True):
+                assert not torch.equal(side[first : first + 4], wrote[first : first + 4])
+                for head, order in enumerate(orders):
+                    assert torch.equal(side[first : first + 4, head], wrote[first + order, head])
+        assert torch.equal(side[12:], wrote[12:])
     engine.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import random
 from itertools import permutations as all_orders
 from pathlib import Path
 
@@ -121,6 +122,25 @@ def test_maps_do_not_need_the_extension(scheme: str, monkeypatch: pytest.MonkeyP
     want = maps(session(scheme=scheme), scheme)
     monkeypatch.setattr(key_draws, "available", lambda: False)
     assert all(torch.equal(a, b) for a, b in zip(maps(session(scheme=scheme), scheme), want, strict=True))
+
+
+@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize("scheme", ["perm", "perm-static", "rotate", "mix"])
+def test_no_frameworks_generator_takes_part(scheme: str, fast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seeds change nothing, no generator of Python, numpy or torch is a step further afterwards, and none is made."""
+    if not fast:
+        monkeypatch.setattr(key_draws, "available", lambda: False)
+        monkeypatch.setattr(head_matrices, "fits", lambda drawn, into: False)
+    for place, name in ((np.random, "default_rng"), (np.random, "Generator"), (torch, "Generator"), (random, "Random")):
+        monkeypatch.setattr(place, name, lambda *_: pytest.fail("a generator was made"))
+    found = []
+    for seed in (1, 2):
+        random.seed(seed), np.random.seed(seed), torch.manual_seed(seed)
+        before = (random.getstate(), str(np.random.get_state()), torch.get_rng_state().tolist())
+        found.append([maps(session(scheme=scheme), scheme, dim) for dim in (16, 24)])
+        assert before == (random.getstate(), str(np.random.get_state()), torch.get_rng_state().tolist())
+    for one, other in zip(*found, strict=True):
+        assert all(map(torch.equal, one, other))
 
 
 @pytest.mark.parametrize("dim", [16, 64, 256])

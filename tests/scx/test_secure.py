@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +18,7 @@ from engine.runner.batch import Batch, Row, pack
 from engine.scx.config import ScxConfig
 from engine.scx.errors import LayerNotEncoded, OutOfOrder, ScxError, ShapeMismatch, UnknownSession
 from engine.scx.keys import Secret, SessionKeys
-from engine.scx.open import OF_SCHEME, open_scx
+from engine.scx.open import OF_SCHEME, THREATS, open_scx
 from engine.scx.schemes import map_bytes, schemes
 from engine.scx.secure import HeadShape, LocalSecureSide, indexed
 from engine.scx.segments import SegmentedSide
@@ -263,12 +265,30 @@ def test_the_same_prompt_twice_is_not_the_same_rows(scheme: str) -> None:
     ("rotate", "rotation mode is reversible from norms"), ("mix", "lengths under mix still name some tokens"),
 ])  # fmt: skip
 def test_the_log_says_what_a_scheme_does_not_hide(scheme: str, said: str, caplog: pytest.LogCaptureFixture) -> None:
-    """At start, as a warning: the limits of every scheme, then those of this one; debugging lines only when asked."""
+    """At start, as warnings: the limits of every scheme, then those of this one; debugging lines only when asked."""
     side(scheme=scheme)
-    assert said in caplog.text and "It is not encryption" in caplog.text
-    assert "public weights" in caplog.text and "no malicious compute node" in caplog.text
-    assert "no isolation" in caplog.text and "SCX DEBUG" not in caplog.text
-    assert set(OF_SCHEME) == set(schemes.names())
+    whole, where, own = (record.getMessage() for record in caplog.records if record.levelname == "WARNING")
+    assert whole == f"{THREATS} Selected layers: 0,2; docs/scx.md says more."
+    assert "no isolation" in where and said in own and "public weights" in own
+    assert "SCX DEBUG" not in caplog.text and set(OF_SCHEME) == set(schemes.names())
+
+
+def test_debugging_shows_without_a_logging_configuration(caplog: pytest.LogCaptureFixture) -> None:
+    """As SCX-vLLM prints it: layers and device, above the level that Python shows by itself."""
+    side(debug=True)
+    shown = [record.getMessage() for record in caplog.records if record.levelno >= logging.lastResort.level]
+    assert {"[SCX DEBUG] SCX_ENC_LAYERS: 0,2", "[SCX DEBUG] SCX_SECURE_DEVICE: cpu"} < set(shown)
+
+
+def test_the_document_has_the_statement_that_is_logged(root: Path) -> None:
+    """The very words, whatever the line breaks."""
+    quoted = [line.removeprefix("> ") for line in (root / "docs/scx.md").read_text("utf-8").splitlines()
+              if line.startswith("> ")]  # fmt: skip
+    assert THREATS in " ".join(quoted)
+    for claim in ("obfuscation, not encryption", "a single snapshot", "from norms", "about head_dim tokens",
+                  "queries, hidden states, scores or logits", "not selected are plaintext", "no integrity",
+                  "a malicious compute node", "lengths, timing, batch composition or sampled tokens", "AES-GCM"):
+        assert claim in THREATS
 
 
 def test_sessions_follow_plans() -> None:
