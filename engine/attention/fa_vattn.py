@@ -6,8 +6,8 @@ what is mapped. That is a launch a prompt, and the host needs about 35 us for it
 into one launch of our kernel, as do windows, which fa3-fwd's builds leave out. Lengths come from Batch.spans, on the
 host: a graph with a prompt in it fits that prompt only.
 
-Decodes run in a stream of their own, so that one kernel's last programs and the other's first share the device: 4 % of
-both. Giving each its multiprocessors was slower (docs/benchmarks.md).
+Decodes follow the prompts. Both at once were tried, on multiprocessors of their own and in two streams: slower, and no
+faster (docs/benchmarks.md).
 """
 
 from __future__ import annotations
@@ -61,7 +61,6 @@ class FaVattn:
         self._flash = torch.ops.fa3_fwd.fwd
         self._prefill, self.decode_half = attention_prefill, DecodeHalf(spec)
         self.scale = spec.head_dim**-0.5
-        self._side, self._begin, self._end = torch.cuda.Stream(priority=-1), torch.cuda.Event(), torch.cuda.Event()
 
     def _prompt(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor) -> None:
         """q (n, H, D), k and v (kv_len, G, D), causal to the end of k -> out (n, H, D)."""
@@ -78,18 +77,9 @@ class FaVattn:
         flat = torch.empty_like(q).flatten(1) if out is None else out
         heads = flat.view_as(q)
         if spans and not window and worth_it(spans):
-            if len(spans) < batch.slots.shape[0]:
-                self._begin.record()
-                self._side.wait_event(self._begin)
-                with torch.cuda.stream(self._side):
-                    self.decode_half(q, k, v, batch, window, flat, early=False)
-                self._end.record(self._side)
             for slot, first, last, kv_len in spans:
                 self._prompt(q[first:last], k[slot, :kv_len], v[slot, :kv_len], heads[first:last])
-            if len(spans) < batch.slots.shape[0]:
-                torch.cuda.current_stream().wait_event(self._end)
-            return flat
-        if spans:
+        elif spans:
             tokens, prompts = batch.num_prefill_tokens, len(spans)
             self._prefill(q[:tokens], k, v, batch.slots[:prompts], batch.q_starts[: prompts + 1],
                           batch.kv_lens[:prompts], self.scale, window, out=flat[:tokens])  # fmt: skip

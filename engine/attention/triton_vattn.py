@@ -50,11 +50,10 @@ class DecodeHalf:
 
     def __call__(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: Batch, window: int, out: torch.Tensor,
-        table: torch.Tensor | None = None, early: bool = True,
+        table: torch.Tensor | None = None,
     ) -> None:  # fmt: skip
         """Rows behind batch.num_prefill_tokens, one a sequence, into the same rows of out (N, H * D). table: of
-        blocks, where k and v are such. early: the kernel may start while the one before it in the stream ends. A
-        step's layers bring the same Batch, another step another one."""
+        blocks, where k and v are such. A step's layers bring the same Batch, another step another one."""
         tokens, prompts = batch.num_prefill_tokens, len(batch.spans)
         slots, kv_lens = batch.slots[prompts:], batch.kv_lens[prompts:]
         if q.shape[0] - tokens != slots.shape[0]:
@@ -68,8 +67,7 @@ class DecodeHalf:
                 self._kernel.line_up(slots, kv_lens, workspace)
                 self._lined_up[window] = batch
             self._kernel.attention_decode(q[tokens:], k, v, self.scale, workspace, out=out[tokens:],
-                                          pdl=early and self.pdl and slots.shape[0] >= EARLY_SEQUENCES,
-                                          table=table)  # fmt: skip
+                                          pdl=self.pdl and slots.shape[0] >= EARLY_SEQUENCES, table=table)  # fmt: skip
 
 
 def cuda_missing() -> str | None:
