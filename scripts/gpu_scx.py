@@ -365,8 +365,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--max-num-seqs", type=int, default=256)
     parser.add_argument("--pool-gib", type=int, default=24)
     parser.add_argument("--secure", default=["cuda:0", "cpu"], nargs="+", help="secure devices of the cost part [both]")
-    parser.add_argument("--bell", action="store_true",
-                        help="secure device cpu: a waiting thread is called by a word of memory, not by the driver")
+    parser.add_argument("--no-bell", action="store_true",
+                        help="secure device cpu: jobs are host functions of the driver, not a waiting thread's")
     parser.add_argument("--no-chat", action="store_true", help="decodes only")
     asked = parser.parse_args(arguments)
     chosen = asked.parts.split(",")
@@ -376,10 +376,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("PyTorch sees no CUDA device")
     logging.getLogger("engine").setLevel(logging.ERROR)
     torch.backends.cuda.matmul.allow_tf32 = False
-    if asked.bell:
+    if asked.no_bell:
         from engine.scx.on_host import HostSecureSide
 
-        HostSecureSide.by_bell = True
+        HostSecureSide.by_bell = False
     session = Session(asked.device, perf_counter() + asked.budget_s, asked.json)
     checks = {"kernels": kernels, "layers": layers, "engine": engine}
     costs = {"admission": admission, "crossing": crossing, "cost": cost}

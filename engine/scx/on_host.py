@@ -35,11 +35,11 @@ class Room(NamedTuple):
 class HostSecureSide(InStreamSide):
     """The secure side on the CPU, with one key a session.
 
-    by_bell: jobs are called by a word of memory, instead of as host functions of the driver. Off until it is measured:
-    a kernel waits on the device for the answer.
+    by_bell: jobs are called by a word of memory (host_jobs.Bell), not as host functions of the driver; None: where
+    there are cores enough.
     """
 
-    by_bell = False
+    by_bell: bool | None = None
 
     def _make_tables(self) -> list[Maps]:
         """See LocalSecureSide."""
@@ -47,7 +47,8 @@ class HostSecureSide(InStreamSide):
         from tessera_kernels.triton_rope_store import rope_store
 
         self._carry, self._store = carry, rope_store
-        self._bell = host_jobs.Bell() if self.by_bell and self.compute.type == "cuda" else None
+        by_bell = host_jobs.bell_pays() if self.by_bell is None else self.by_bell
+        self._bell = host_jobs.Bell() if by_bell and self.compute.type == "cuda" else None
         tables = super()._make_tables()
         self._staging = Staging(tuple(self._whole.shape[1:]), map_dtype(self.scheme), self.compute, pinned=False)
         self._unturned = torch.zeros(1, 2, self.shape.head_dim // 2, device=self.compute)  # a rotation by nothing

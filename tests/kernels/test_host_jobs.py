@@ -4,6 +4,7 @@ called."""
 from __future__ import annotations
 
 import gc
+import os
 import time
 
 import pytest
@@ -100,3 +101,13 @@ def test_threads_must_make_sense() -> None:
     """Not a thousand and more."""
     with pytest.raises(ValueError, match="outside 1..1024"):
         host_jobs.Bell(2000)
+
+
+@pytest.mark.parametrize(("cores", "threads", "pays"), [(1, 1, False), (2, 1, False), (7, 3, False), (8, 4, True),
+                                                        (16, 8, True), (64, 8, True)])  # fmt: skip
+def test_a_bell_takes_half_of_the_cores_and_needs_eight(
+    monkeypatch: pytest.MonkeyPatch, cores: int, threads: int, pays: bool
+) -> None:
+    """With fewer, threads that look for work without pause would be in the way of those that have some."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)))
+    assert host_jobs.bell_threads() == threads and host_jobs.bell_pays() is pays
