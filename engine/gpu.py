@@ -108,8 +108,8 @@ def prepare_gpu(
     tokens = max(tokens, LEAST_REHEARSED)
     slot = store.borrow(tokens)
     if runner.scx is not None:
-        if not runner.scx.scx.secure.in_stream:
-            log.info("no graphs: encoded layers wait for the secure side in every step")
+        if not (runner.scx.scx.secure.in_stream or config.enforce_eager):
+            log.info("the host waits for the secure side in every encoded layer; graphs hold what stands in between")
         runner.scx.scx.secure.open(slot, secrets.token_bytes(NONCE_BYTES))
     with torch.inference_mode():
         step = pack([Row(slot, 0, [0] * tokens, True)]).to(runner.device)

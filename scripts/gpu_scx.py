@@ -5,9 +5,9 @@ tiny model judged in float32 as in scripts.gpu_correctness, by scheme, secure de
 admission (what opening and closing a session takes, every layer of the shape encoded); crossing (what an encode and a
 decode by the secure device cpu consist of: copies, calls, the job on more and fewer threads); cost (decodes at batch 64
 and a chat workload on random weights of a real shape, one plain engine and in turns with it encoded ones: layers 0 and
-last and all on this GPU, 0 and last with the secure device cpu, which runs decodes only; bytes and round trips beside
-the formula of docs/scx.md). The JSON is written after each line, so a cut-off loses nothing; status 1 if anything was
-wrong.
+last and all on this GPU, 0 and last with the secure device cpu or a worker, which run decodes only; bytes and round
+trips beside the formula of docs/scx.md). The JSON is written after each line, so a cut-off loses nothing; status 1 if
+anything was wrong.
 """
 
 from __future__ import annotations
@@ -138,7 +138,8 @@ def layers(session: Session) -> None:
 
 
 def engine_cases(device: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Settings of the whole engine: schemes with graphs, two without, seal, layouts; some on one secure device only."""
+    """Settings of the whole engine: schemes with graphs, two without, seal, layouts; some on one secure device only; a
+    worker."""
     base = {"attention_backend": "triton_vattn" if device == "cuda" else "torch_vattn", "scx_layers": "all"}
     more: list[tuple[str, dict[str, Any]]] = [
         ("mix sealed", {"scx_scheme": "mix", "scx_page_seal": True, "scx_seal_tokens": 8}),
@@ -155,6 +156,9 @@ def engine_cases(device: str) -> Iterator[tuple[str, dict[str, Any]]]:
         cases += [(f"{scheme} eager", {"scx_scheme": scheme, "enforce_eager": True}) for scheme in ("perm", "mix")]
         for name, settings in [*cases, *more, *(once if i == 0 else ())]:
             yield f"{secure} {name}", {**base, "scx_secure_device": secure, **settings}
+    worker = {**base, "scx_secure_device": "worker"}  # waited for: in pieces
+    yield "worker perm, layers 0 and 3", {**worker, "scx_layers": "0,3"}
+    yield "worker mix sealed chunks of 33", {**worker, **more[0][1], "chunk_tokens": 33}
 
 
 def engine(session: Session) -> None:
@@ -286,14 +290,15 @@ def cost(session: Session, asked: argparse.Namespace) -> None:
         print(f"cost: plain engine ready after {plain.ready_s:.0f} s", flush=True)
         own = "cuda:0" if session.device == "cuda" else "cpu"
         cases = [(own, outer, True), (own, "all", True)] + ([("cpu", outer, False)] if own != "cpu" else [])
-        cases = [case for case in cases if case[0] in asked.secure]
+        cases = [case for case in [*cases, ("worker", outer, False)] if case[0] in asked.secure]
         for secure, layers, chats in cases:
             head = {"scheme": asked.scheme, "secure_device": secure, "layers": layers}
             if session.spent():
                 session.keep("cost", {**head, "verdict": "not run"})
                 continue
             try:
-                settings = {"scx_layers": layers, "scx_secure_device": secure, "scx_scheme": asked.scheme}
+                settings = {"scx_layers": layers, "scx_secure_device": secure, "scx_scheme": asked.scheme,
+                            "enforce_eager": asked.eager}  # fmt: skip
                 encoded, spec = opened(layers, folder, session.device, {**common, **settings})
                 first = {name: len(getattr(plain, name)) for name in ("decode_ms", "chat_tok_s")}
                 for round_ in range(asked.rounds):
@@ -364,7 +369,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=2, help="of each pair of engines [2]")
     parser.add_argument("--max-num-seqs", type=int, default=256)
     parser.add_argument("--pool-gib", type=int, default=24)
-    parser.add_argument("--secure", default=["cuda:0", "cpu"], nargs="+", help="secure devices of the cost part [both]")
+    parser.add_argument("--secure", default=["cuda:0", "cpu"], nargs="+", choices=("cuda:0", "cpu", "worker"),
+                        help="secure devices of the cost part [cuda:0 cpu]")
+    parser.add_argument("--eager", action="store_true", help="encoded engines of the cost part record no graphs")
     parser.add_argument("--no-bell", action="store_true",
                         help="secure device cpu: jobs are host functions of the driver, not a waiting thread's")
     parser.add_argument("--no-chat", action="store_true", help="decodes only")

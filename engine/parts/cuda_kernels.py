@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from engine.attention.base import placed
 from engine.parts.kernel_set import Layer, kernel_sets
 from engine.parts.layer import Attention, PreNormLayer
 from engine.runner.batch import Batch
@@ -83,7 +84,7 @@ class CudaGatedLinear:
 
 
 class PlainPath:
-    """What stands between the projections of a plain layer; ScxAttention is an encoded one's."""
+    """What stands between the projections of a plain layer; ScxAttention is that of one encoded in the stream."""
 
     def __init__(self, attention: Attention, pdl: bool) -> None:
         from tessera_kernels.triton_rope_store import rope_store
@@ -108,6 +109,29 @@ class PlainPath:
         return attended
 
 
+class WaitingPath:
+    """The same of an encoded layer whose secure side the host waits for: all that needs its answers, and they
+    themselves, stand where attention stands. So no graph holds them, and they are asked for real rows alone."""
+
+    def __init__(self, attention: ScxAttention, projected: torch.dtype) -> None:
+        """projected: the type in which the secure side takes projections."""
+        self._attention, self._projected = attention, projected
+
+    def encode(self, projected: torch.Tensor, batch: Batch, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Projections, or their parts -> projections (N, (H + 2G) * D), in `out` where given; nothing is stored yet."""
+        whole = projected if projected.dim() == 2 else projected.sum(0)
+        return whole.to(self._projected) if out is None else out.copy_(whole)
+
+    def attend(self, projected: torch.Tensor, batch: Batch, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Projections (N, (H + 2G) * D) -> (N, H * D), decoded, in `out` where given; keys and values are stored."""
+        a = self._attention
+        return placed(a.decode(a.attend(a.encode(projected, batch), batch), batch), out)
+
+    def decode(self, attended: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """Decoded already."""
+        return attended
+
+
 class CudaLayer:
     """A pre-norm layer with fewer launches: norms inside one-row products, parts of cut products summed by the
     operation that reads them. Sums run in another order than step by step, so bits may differ within rounding."""
@@ -122,19 +146,29 @@ class CudaLayer:
         assert isinstance(attention.qkv, CudaLinear) and isinstance(attention.out, CudaLinear)
         assert isinstance(mlp.gate_up, CudaGatedLinear) and isinstance(mlp.down, CudaLinear)
         self._qkv, self._out, self._gate_up, self._down = attention.qkv, attention.out, mlp.gate_up, mlp.down
-        self._path = attention if isinstance(attention, ScxAttention) else PlainPath(attention, self._qkv.pdl)
         self._norms = (layer.input_norm, layer.post_norm)
+        dim, dtype = attention.k.shape[-1], self._qkv.weight.dtype
+        self.leaves: tuple[tuple[int, ...], torch.dtype] = ((self._out.weight.shape[1] // dim, dim), dtype)
+        self._path: PlainPath | ScxAttention | WaitingPath
+        if isinstance(attention, Attention):
+            self._path = PlainPath(attention, self._qkv.pdl)
+        elif attention.scx.secure.in_stream:
+            self._path = attention
+        else:
+            self.leaves = (self._qkv.weight.shape[:1], torch.float32 if self._qkv.float_out else dtype)
+            self._path = WaitingPath(attention, self.leaves[1])
         self.selective = isinstance(self._path, PlainPath)  # an encoded row is answered for, whoever wants it
 
     def before(self, hidden: torch.Tensor, batch: Batch, out: torch.Tensor | None = None) -> torch.Tensor:
-        """What stands before attention: hidden (N, C) -> queries (N, H, D), in `out` where given."""
+        """What stands before attention: hidden (N, C) -> queries (N, H, D), or what else `leaves` says, in `out` where
+        given."""
         norm, pdl = self._norms[0], self._qkv.pdl
         normed = self._rmsnorm(hidden, norm.weight, norm.eps, pdl=pdl)
         parts = self._qkv.parts(normed)
         return self._path.encode(self._qkv(normed) if parts is None else parts, batch, out)
 
     def attend(self, q: torch.Tensor, batch: Batch, out: torch.Tensor | None = None) -> torch.Tensor:
-        """Attention alone: queries (N, H, D) -> (N, H * D), in `out` where given."""
+        """Attention alone: what before() gives -> (N, H * D), in `out` where given."""
         return self._path.attend(q, batch, out)
 
     def after(self, hidden: torch.Tensor, attended: torch.Tensor, batch: Batch) -> torch.Tensor:
@@ -241,9 +275,7 @@ class CudaKernels:
 
     def fuse(self, layer: Layer) -> Layer:
         """See KernelSet. Results agree within rounding, not bitwise."""
-        attention = layer.attention if isinstance(layer, PreNormLayer) else None
-        in_stream = isinstance(attention, ScxAttention) and attention.scx.secure.in_stream
-        if isinstance(layer, PreNormLayer) and (in_stream or isinstance(attention, Attention)):
+        if isinstance(layer, PreNormLayer) and isinstance(layer.attention, Attention | ScxAttention):
             return CudaLayer(layer)
         return layer
 

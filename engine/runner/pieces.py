@@ -1,9 +1,10 @@
-"""Steps with prompts in them as CUDA graphs, cut where attention stands: one graph from each attention to the next.
+"""Steps that no one graph holds, cut where attention stands: a CUDA graph from each attention to the next.
 
 Products, norms and stores of a step depend on its number of tokens alone, so they are recorded for a few numbers and a
 step is padded up to the next. Attention depends on every length, and the fastest kernels for prompts take theirs from
 the host, so it is launched anew in every layer, on the real rows. The host launches two or three things a layer
-instead of about nine.
+instead of about nine. Where an encoded layer's secure side has to be waited for, it is asked in attention's place, and
+decodes run in pieces, too.
 """
 
 from __future__ import annotations
@@ -20,18 +21,22 @@ from engine.runner.batch import Batch, Paged
 
 Replay = Callable[[], object]
 Record = Callable[[Replay], Replay]  # runs the work once or more, and gives back what repeats it
+Leaves = tuple[tuple[int, ...], torch.dtype]  # shape of a token's row, and type
 
 
 class SplitLayer(Protocol):
-    """A decoder layer in three; see CudaLayer. selective: as a model's last, it can leave out rows without logits."""
+    """A decoder layer in three; see CudaLayer. selective: as a model's last, it can leave out rows without logits.
+    leaves: what before() gives to attend()."""
 
     selective: bool
+    leaves: Leaves
 
     def before(self, hidden: torch.Tensor, batch: Batch, out: torch.Tensor | None = None) -> torch.Tensor:
-        """hidden (N, C) -> queries (N, H, D); keys and values are stored at batch.places."""
+        """hidden (N, C) -> queries (N, H, D), keys and values stored at batch.places; or projections, where attend()
+        encodes and stores."""
 
     def attend(self, q: torch.Tensor, batch: Batch, out: torch.Tensor | None = None) -> torch.Tensor:
-        """(N, H, D) -> (N, H * D), in `out` where given."""
+        """What before() gave -> (N, H * D), in `out` where given."""
 
     def after(self, hidden: torch.Tensor, attended: torch.Tensor, batch: Batch) -> object:
         """Onto hidden (N, C) in place."""
@@ -52,7 +57,7 @@ class SplitModel(Protocol):
 
 def piece_sizes(most: int) -> list[int]:
     """Numbers of tokens that are recorded: few enough to record at start, close enough to waste little."""
-    sizes = {16, 32, *range(64, 1537, 64), *range(1664, 2049, 128), *range(2560, 8193, 512), most}
+    sizes = {1, 16, 32, *range(64, 1537, 64), *range(1664, 2049, 128), *range(2560, 8193, 512), most}
     return sorted(size for size in sizes if size <= most)
 
 
@@ -84,7 +89,7 @@ class _Buffers:
     slots: torch.Tensor
     rows: torch.Tensor
     hidden: torch.Tensor  # (N, C)
-    q: torch.Tensor  # (N, H, D)
+    left: list[torch.Tensor]  # (N, *) of each layer, one memory for all that leave the same: queries (N, H, D)
     attended: torch.Tensor  # (N, H * D)
 
 
@@ -99,10 +104,12 @@ class PieceGraphs:
         self._pieces: dict[int, list[Replay]] = {}
         width = model.embed(torch.zeros(1, dtype=torch.int64, device=device))
         floats = {"dtype": width.dtype, "device": device}
+        left = {kind: torch.zeros(most, *kind[0], dtype=kind[1], device=device) for kind in
+                {layer.leaves for layer in model.layers}}  # fmt: skip
         positions, slots, rows = (torch.zeros(most, dtype=torch.int32, device=device) for _ in range(3))
         self._buffers = _Buffers(
             torch.zeros(most, dtype=torch.int64, device=device), positions, slots, rows,
-            torch.zeros(most, width.shape[1], **floats), torch.zeros(most, heads, head_dim, **floats),
+            torch.zeros(most, width.shape[1], **floats), [left[layer.leaves] for layer in model.layers],
             torch.zeros(most, heads * head_dim, **floats),
         )  # fmt: skip
 
@@ -120,16 +127,16 @@ class PieceGraphs:
         none = b.slots[:0]
         places = Paged(none, np.empty(0, dtype=np.int32), 0, b.slots[:size], b.rows[:size])
         step = Batch(b.tokens[:size], b.positions[:size], b.slots[:size], none, none, none, none, paged=places)
-        hidden, q, attended = b.hidden[:size], b.q[:size], b.attended[:size]
+        hidden, left, attended = b.hidden[:size], [rows[:size] for rows in b.left], b.attended[:size]
         layers = model.layers
 
         def first() -> None:
             hidden.copy_(model.embed(step.tokens))
-            layers[0].before(hidden, step, q)
+            layers[0].before(hidden, step, left[0])
 
         def between(index: int) -> None:
             layers[index - 1].after(hidden, attended, step)
-            layers[index].before(hidden, step, q)
+            layers[index].before(hidden, step, left[index])
 
         def last() -> None:
             layers[-1].after(hidden, attended, step)
@@ -138,8 +145,8 @@ class PieceGraphs:
         return [first, *(lambda i=i: between(i) for i in range(1, len(layers))), *ends]  # type: ignore[misc]
 
     def fits(self, batch: Batch) -> bool:
-        """Whether a batch has prompts in it and few enough tokens."""
-        return bool(self._pieces) and bool(batch.spans) and 1 < batch.num_tokens <= self._sizes[-1]
+        """Whether a batch has few enough tokens."""
+        return bool(self._pieces) and batch.num_tokens <= self._sizes[-1]
 
     def __call__(self, batch: Batch) -> torch.Tensor:
         """batch: one that fits, on the device, placed, its tokens known. Returns (R, V) float32 logits."""
@@ -151,13 +158,13 @@ class PieceGraphs:
             buffer[:count].copy_(given)
         b.slots[count:size].fill_(-1)  # padding stores nothing
         layers, pieces = self._model.layers, self._pieces[size]
-        q, attended = b.q[:count], b.attended[:count]
-        for layer, replay in zip(layers[:-1], pieces, strict=False):
+        left, attended = [rows[:count] for rows in b.left], b.attended[:count]
+        for layer, replay, given in zip(layers[:-1], pieces, left, strict=False):
             replay()
-            layer.attend(q, batch, attended)
+            layer.attend(given, batch, attended)
         pieces[len(layers) - 1]()
         if layers[-1].selective:
-            return self._model.logits(layers[-1].finish(q, b.hidden[:count], batch))
-        layers[-1].attend(q, batch, attended)
+            return self._model.logits(layers[-1].finish(left[-1], b.hidden[:count], batch))
+        layers[-1].attend(left[-1], batch, attended)
         pieces[-1]()
         return self._model.logits(b.hidden.index_select(0, batch.sample_rows))

@@ -50,8 +50,10 @@ class Sessions:
         return slot is None or not self.scx.secure.holds(slot)
 
     def claim(self, batch: Batch) -> None:
-        """Before a step that is replayed from graphs. Raises an ScxError."""
-        self.scx.secure.claim(batch)
+        """Before a step that is replayed from graphs; a secure side that is not in them counts rows when it is asked.
+        Raises an ScxError."""
+        if self.scx.secure.in_stream:
+            self.scx.secure.claim(batch)
 
     def seal(self, batch: Batch) -> None:
         """Behind a step that was replayed as a whole, attention too."""
