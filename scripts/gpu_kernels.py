@@ -1,10 +1,11 @@
 """Check and time the GPU's kernels: `python -m scripts.gpu_kernels [--sections check,decode,...] [--json PATH]`.
 
-Sections: check (every operation against float64), rows, decode, prefill, gemv, gemm, layer, and of whole backends
-(scripts/gpu_phases.py) phases, paged, sample; scx (encoded layers). Each variant of a kernel
-is timed in a CUDA graph over rotating buffers; the table prints its speed, its share of the measured ceiling and the
-library beside it. The settings that win go into the JSON file; as kernels/tuning/<device>.json the kernels use them.
-A variant that fails is reported by its error's first line and left out. Shapes are Llama-3-8B's.
+Sections: check (every operation against float64), rows, decode, prefill, gemv, gemm, layer; of the vendor's products
+library and search (scripts/gpu_library.py) and sustained (scripts/gpu_power.py); of whole backends
+(scripts/gpu_phases.py) phases, paged, sample; scx (encoded layers). Each variant of a kernel is timed in a CUDA graph
+over rotating buffers; the table prints its speed, its share of the measured ceiling and the library beside it. The
+settings that win go into the JSON file; as kernels/tuning/<device>.json the kernels use them. A variant that fails is
+reported by its error's first line and left out. Shapes are Llama-3-8B's.
 """
 
 # mypy: disable-error-code="misc"

@@ -54,6 +54,7 @@ PARTS = (
     Part("correctness", 300, "scripts.gpu_correctness", ("--budget-s", "270"), (*ENGINE, "safetensors")),
     Part("attention", 200, "scripts.gpu_kernels", ("--sections", "decode,prefill"), KERNELS, True),
     Part("products", 300, "scripts.gpu_kernels", ("--sections", "library,search,gemv,gemm"), KERNELS, True),
+    Part("load", 120, "scripts.gpu_kernels", ("--sections", "sustained"), KERNELS, True),
     Part("backends", 200, "scripts.gpu_kernels", ("--sections", "phases,sample,paged"), KERNELS, True),
     Part("layer", 100, "scripts.gpu_kernels", ("--sections", "layer,rows"), KERNELS, True),
     Part("profile", 120, "scripts.gpu_profile", (), ENGINE),
