@@ -7,6 +7,7 @@ where kernels/cublaslt.py finds it.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -76,7 +77,7 @@ def library(s: Session) -> None:
     cublaslt.forget_table()
 
 
-SEARCHED = (128, 192, 256, 320, 512, 768, 1024, 2048)
+SEARCHED = (128, 192, 256, 320, 512, 640, 768, 896, 1024, 1152, 1280, 1536, 2048)
 KEPT = 12  # variants of a first, rough timing that are timed well
 
 
@@ -93,21 +94,18 @@ def search(s: Session) -> None:
             x, float_out = s.normal(m, width), name == "head"
             onto = s.normal(m, rows) if name in ("o", "down") else None
             product = cublaslt.product(m, rows, width, BF16, torch.float32 if float_out else BF16)
-            known = [product.settings(one) for one in product.proposals]
-            if not known:
+            if not product.proposals:
                 continue
 
             def call(i: int, choice: cublaslt.Choice, w=weights, x=x, onto=onto, float_out=float_out) -> object:
                 return cublaslt.matmul(x, w[i], choice, add_to=onto, float_out=float_out)
 
-            clusters, customs = sorted({one[8] for one in known}), range(max(one[5] for one in known) + 2)
-            tried = product.neighbours(known[0], product.tiles(product.proposals[0]), clusters, customs)
-            rough = sorted((_roughly_us(partial(call, choice=choice), len(weights)), choice) for choice in tried)
+            tried = neighbours(product, call, len(weights))
             options: dict[str, Any] = {"calls": 8, "target_ms": 4.0}
             times: dict[cublaslt.Choice, float] = {}
-            for choice in [*range(len(known)), *(choice for _, choice in rough[:KEPT])]:
+            for choice in [*range(len(product.proposals)), *tried[:KEPT]]:
                 times[choice] = graph_us(partial(call, choice=choice), len(weights), **options)
-            proposed = min(times[choice] for choice in range(len(known)))
+            proposed = min(times[choice] for choice in range(len(product.proposals)))
             best = min(times, key=lambda choice: times[choice])
             nbytes, flops = weights[0].numel() * 2 + m * (width + rows) * 2, 2.0 * m * rows * width
             s.report.add("search", f"{name} M={m}", "* best proposal", proposed, nbytes, flops)
@@ -117,6 +115,15 @@ def search(s: Session) -> None:
                 table["ranks"].setdefault(f"{rows}x{width}", {})[str(m)] = list(best)
         del weights
     cublaslt.forget_table()
+
+
+def neighbours(product: cublaslt.Product, call: Callable[[int, cublaslt.Choice], object], buffers: int
+               ) -> list[cublaslt.Choice]:  # fmt: skip
+    """Algorithms beyond the proposals, other tiles, clusters and custom options of them; the fastest first, roughly."""
+    known = [product.settings(one) for one in product.proposals]
+    clusters, customs = sorted({one[8] for one in known}), range(max(one[5] for one in known) + 2)
+    tried = product.neighbours(known[0], product.tiles(product.proposals[0]), clusters, customs)
+    return sorted(tried, key=lambda choice: _roughly_us(lambda i: call(i, choice), buffers))
 
 
 def _roughly_us(call: Call, buffers: int) -> float:

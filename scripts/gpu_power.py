@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from scripts.gpu_library import neighbours
 from scripts.gpu_timing import Call, graph_of, graph_us, show
 from scripts.gpu_variants import PRODUCTS, weights_of
 from tessera_kernels import cublaslt
@@ -24,6 +25,7 @@ BF16 = torch.bfloat16
 ROWS = (512, 640, 768, 896, 1024, 1152, 1280, 8192)  # steps with prompts
 NEAR = 1.08  # candidates: at first at most so many times as slow as the fastest
 MOST = 6
+WIDE_ROWS, WIDE = (1024, 1152), 16  # sizes whose neighbours of the proposals are tried too, and how many of them
 TURN_S, COUNTED_S = 0.22, 0.12  # a candidate's turn, and the part of it at its end that counts
 WARM_S = 0.4
 
@@ -48,10 +50,13 @@ def sustained(s: Session) -> None:
             known: list[cublaslt.Choice] = list(range(len(product.proposals)))
             kept = table["ranks"].get(f"{rows}x{width}", {}).get(str(m))
             known += [tuple(kept)] if isinstance(kept, list) else []
+            wide = m in WIDE_ROWS and name in ("gate_up", "down") and not s.quick
+            if wide:  # the largest products of the steps that a crowd makes
+                known += [one for one in neighbours(product, call, len(weights))[:WIDE] if one not in known]
             at_first = {choice: graph_us(partial(call, choice=choice), len(weights), calls=8, target_ms=2.0)
                         for choice in known}  # fmt: skip
             close = sorted(known, key=lambda choice: at_first[choice])
-            close = [one for one in close if at_first[one] <= NEAR * at_first[close[0]]][:MOST]
+            close = [one for one in close if at_first[one] <= NEAR * at_first[close[0]]][: MOST + WIDE * wide]
             times = _in_turns({one: partial(call, choice=one) for one in close}, len(weights), at_first)
             flops, shape = 2.0 * m * rows * width, f"{name} M={m}"
             for one in sorted(times, key=lambda one: times[one])[:2]:
