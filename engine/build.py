@@ -12,7 +12,8 @@ from pathlib import Path
 
 import torch
 
-from engine.attention.base import Choice, backends, choose_backend, make_backend
+from engine.attention.base import backends
+from engine.attention.choose import Choice, choose_backend, make_backend
 from engine.core.config import DEFAULT_CPU_POOL_BYTES, EngineConfig, resolve_auto, resolve_pool_groups
 from engine.core.errors import ConfigError
 from engine.core.growth import GrowthForecast

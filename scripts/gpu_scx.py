@@ -27,7 +27,7 @@ from typing import Any, cast
 
 import torch
 
-from engine.attention.base import why_not
+from engine.attention.choose import why_not
 from engine.build import build_engine, resolve
 from engine.core.config import EngineConfig
 from engine.core.errors import ConfigError, TesseraError

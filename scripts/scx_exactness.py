@@ -22,7 +22,8 @@ from dataclasses import dataclass
 
 import torch
 
-from engine.attention.base import backends, why_not
+from engine.attention.base import backends
+from engine.attention.choose import why_not
 from engine.loading.spec import ModelSpec, RopeSpec
 from engine.parts.kernel_set import kernel_sets
 from engine.parts.layer import Attention, AttentionPiece

@@ -82,7 +82,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, rest: Sequence[str]) -> int:
     """Measure. Returns 0; a backend that fails at some work is said and left out there."""
-    from engine.attention.base import backends, choose_backend, why_not
+    from engine.attention.base import backends
+    from engine.attention.choose import choose_backend, why_not
     from engine.build import fastest_kernels, set_threads
 
     if rest:

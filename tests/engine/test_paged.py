@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from engine.attention import fi_vattn
-from engine.attention.base import Choice, choose_backend, make_backend
+from engine.attention.choose import Choice, choose_backend, make_backend
 from engine.attention.fi_paged import FiPaged
 from engine.attention.fi_vattn import FiVattn
 from engine.attention.torch_paged import TorchPaged
