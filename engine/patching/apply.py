@@ -21,7 +21,8 @@ import numpy as np
 from engine.core.errors import ConfigError, LoadError
 from engine.loading.resolve import resolve_model
 from engine.loading.weights import WeightSource, open_weights
-from engine.patching.artefact import Artefact, read, write
+from engine.patching.artefact import Artefact
+from engine.patching.artefact_files import read, write
 from engine.patching.config_ids import IdMap, remap_ids
 from engine.patching.embeddings import METHODS, NUMPY_DTYPES, Method, Side, patched_matrix
 from engine.patching.model_folder import (

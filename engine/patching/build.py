@@ -23,6 +23,7 @@ from tqdm import tqdm
 from engine.core.errors import ConfigError
 from engine.patching import artefact as artefacts
 from engine.patching.appended import collect_words, extend_definition, learn_merges
+from engine.patching.artefact_files import write
 from engine.patching.base import BaseVocabulary, base_folder, base_of
 from engine.patching.corpus import (
     DOCUMENT_RULES,
@@ -125,7 +126,7 @@ def build(options: Options, out: Path) -> dict[str, Any]:
         for name in COMPANIONS:
             if (folder / name).is_file():
                 shutil.copyfile(folder / name, out / name)
-    artefacts.write(made_artefact, out)
+    write(made_artefact, out)
     report["artefact_sha256"] = made_artefact.sha256
     (out / REPORT_NAME).write_text(json.dumps(report, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return report

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from engine.patching.artefact import write
+from engine.patching.artefact_files import write
 from engine.patching.upstream import import_upstream, recover_base
 
 

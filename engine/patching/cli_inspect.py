@@ -7,7 +7,7 @@ import json
 from collections import Counter
 from pathlib import Path
 
-from engine.patching.artefact import read
+from engine.patching.artefact_files import read
 from engine.patching.base import base_folder, load_base
 from engine.patching.errors import MissingFile
 from engine.patching.invariants import dead_ngrams

@@ -58,7 +58,7 @@ def load_reduction(setting: str | None, patch: Path | None, domain: str | None =
         return Reduction(name, prior=number, warning=_unfounded(number, "--token-reduction"))
     artefact = None
     if patch is not None:
-        from engine.patching.artefact import read  # numpy is imported only where it is needed
+        from engine.patching.artefact_files import read  # numpy is imported only where it is needed
 
         artefact = read(patch)
     if setting is None or setting == "auto":

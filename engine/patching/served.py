@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from engine.core.errors import LoadError
 from engine.loading.spec import ModelSpec
-from engine.patching.artefact import CONFIG_MARK, Artefact, read
+from engine.patching.artefact import CONFIG_MARK, Artefact
+from engine.patching.artefact_files import read
 from engine.patching.config_ids import IdMap
 from engine.patching.errors import BaseMismatch, MissingFile
 from engine.patching.invariants import check_rows

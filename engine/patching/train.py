@@ -23,7 +23,7 @@ from engine.core.clock import MonotonicClock
 from engine.core.errors import ConfigError, LoadError
 from engine.loading.resolve import resolve_model
 from engine.loading.weights import open_weights
-from engine.patching import artefact as artefacts
+from engine.patching.artefact_files import read, write
 from engine.patching.corpus import read_documents
 from engine.patching.model_folder import (
     Raw,
@@ -242,7 +242,7 @@ def _fingerprint(folder: Path) -> str:
     digest = hashlib.sha256(read_bytes(folder / "config.json", MAX_CONFIG_BYTES))
     place = find(folder)
     if place is not None:
-        digest.update(artefacts.read(place).sha256.encode())
+        digest.update(read(place).sha256.encode())
     for path in sorted(folder.glob("*.safetensors")):
         with path.open("rb") as file:
             digest.update(f" {path.name} {path.stat().st_size} ".encode() + file.read(8 << 20))
@@ -304,7 +304,7 @@ def _applied(folder: Path, patch: Path, out: Path, state: Path, *, progress: boo
     from engine.patching.apply import apply_patch
 
     refuse_existing(out)
-    artefact = artefacts.read(patch, base_tokenizer_folder=folder)
+    artefact = read(patch, base_tokenizer_folder=folder)
     target = state / f"applied-{artefact.sha256[:16]}"
     if not target.is_dir():
         state.mkdir(parents=True, exist_ok=True)
@@ -333,7 +333,7 @@ def _write_model(folder: Path, target: Path, learned: dict[str, torch.Tensor], r
                 shutil.copyfile(folder / name, scratch / name)
         place = find(folder)
         if place is not None:
-            artefacts.write(artefacts.read(place), scratch / FOLDER_NAME)
+            write(read(place), scratch / FOLDER_NAME)
         _write_report(scratch / REPORT_FOLDER, run, report)
         publish(scratch, target)
 

@@ -25,7 +25,7 @@ import numpy as np
 from engine.core.clock import MonotonicClock, wall_s
 from engine.core.errors import ConfigError
 from engine.core.growth import HISTORY
-from engine.patching.artefact import read, write
+from engine.patching.artefact_files import read, write
 from engine.patching.base import base_folder, load_base
 from engine.patching.corpus import read_documents
 from engine.patching.errors import ArtefactError

@@ -18,7 +18,8 @@ from typing import Any
 import tokenizers
 
 from engine.core.errors import LoadError, RequestError
-from engine.patching.artefact import CONFIG_MARK, Artefact, read
+from engine.patching.artefact import CONFIG_MARK, Artefact
+from engine.patching.artefact_files import read
 from engine.patching.base import BaseVocabulary, base_of
 from engine.patching.merging import Merger
 from engine.tokenization.hf import HfTokenizer, check_unicode, configured_ends, load_base_tokenizer

@@ -19,7 +19,8 @@ from engine.loading import open_weights, read_config
 from engine.loading.safetensors_header import write_file
 from engine.patching import apply, model_folder
 from engine.patching.apply import apply_patch
-from engine.patching.artefact import Artefact, allocate, read, write
+from engine.patching.artefact import Artefact, allocate
+from engine.patching.artefact_files import read, write
 from engine.patching.base import load_base
 from engine.patching.errors import BaseMismatch
 from engine.tokenization import load_tokenizer

@@ -14,7 +14,8 @@ import pytest
 
 from engine.core.errors import LoadError, RequestError
 from engine.patching import cli_inspect, errors
-from engine.patching.artefact import Artefact, _rows, _to_arrays, allocate, allocate_merges, read, write
+from engine.patching.artefact import Artefact, allocate, allocate_merges, to_arrays
+from engine.patching.artefact_files import _rows, read, write
 from engine.patching.base import BaseVocabulary, canonical_sha256, load_base
 from engine.patching.invariants import check, check_rows, dead_ngrams
 from engine.patching.place import ARRAYS_NAME, JSON_NAME, find
@@ -121,7 +122,7 @@ def test_arrays_with_a_matching_hash_may_still_be_garbage(tmp_path: Path, made: 
 
 def test_offsets_that_wrap_are_refused(made: Artefact) -> None:
     """The difference of -2 and 2^31 - 1 is positive in 32 bits; such rows copied all parts again and again."""
-    arrays = dict(_to_arrays(made))
+    arrays = dict(to_arrays(made))
     arrays["ngram_offsets"] = np.array([0, *[5, 2**31 - 1, -2] * 3, arrays["ngram_parts"].size], "<i4")
     with pytest.raises(ValueError, match="ngram_offsets do not run"):
         _rows("ngram", arrays)

@@ -24,6 +24,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from engine.core.errors import ConfigError, LoadError
 from engine.patching import artefact as artefacts
+from engine.patching.artefact_files import read
 from engine.patching.build import Options, acceptable, add_arguments, build, in_priority, run
 from engine.patching.corpus import Deduplicator, encode_corpus, every_nth, read_documents
 from engine.patching.select import Choice
@@ -108,7 +109,7 @@ def test_a_build_saves_tokens_and_its_vocabulary_is_sound(any_base: Path, corpus
     """Kind patch, on every shape of base: as many removed as added, ids from the removed, V as before, every invariant
     of the reader, no dead n-gram, and the report's figures are of held-out documents too."""
     report = build(options(any_base, corpus, held_out_fraction=0.2), tmp_path / "out")
-    artefact = artefacts.read(tmp_path / "out", any_base)
+    artefact = read(tmp_path / "out", any_base)
     tokenizer, _ = load_base_tokenizer(any_base)
     assert artefact.vocab_size == tokenizer.vocab_size == artefact.base_vocab_size
     assert len(artefact.removed) == len(artefact.ngrams) == report["added"] == report["removed"] > 20
@@ -124,7 +125,7 @@ def test_a_build_saves_tokens_and_its_vocabulary_is_sound(any_base: Path, corpus
 def test_more_is_asked_than_can_be_found(base: Path, corpus: Path, tmp_path: Path) -> None:
     """The quota shrinks on both sides: never a removed token whose id nothing takes."""
     report = build(options(base, corpus, num_tokens=5000, held_out_fraction=0.0), tmp_path)
-    artefact = artefacts.read(tmp_path, base)
+    artefact = read(tmp_path, base)
     assert report["added"] == len(artefact.removed) < 5000 and report["rho_max"] >= 2
 
 
@@ -134,7 +135,7 @@ def test_words_may_be_spanned_or_not(base: Path, corpus: Path, tmp_path: Path) -
     within = build(options(base, corpus, within_word=True), tmp_path / "within")
     assert across["statistics"]["corpus"]["rho"] < within["statistics"]["corpus"]["rho"] < 1
     pieces = load_base_tokenizer(base)[0].table.pieces
-    spanned = {folder: [ngram for ngram in artefacts.read(tmp_path / folder, base).ngrams
+    spanned = {folder: [ngram for ngram in read(tmp_path / folder, base).ngrams
                         if any(pieces[token][:1].isspace() for token in ngram[1:])] for folder in ("across", "within")}
     assert spanned["across"] and not spanned["within"]
 
@@ -218,7 +219,7 @@ def test_appended_merges_never_cost_more_than_the_base(any_base: Path) -> None:
     """For any text: at most the base's tokens, the same text back, and each new token joins base tokens in place:
     taking it apart gives the base's own encoding. Special tokens keep their ids."""
     plain, longer, report = appended(any_base)
-    artefact = artefacts.read(any_base / "appended", any_base)
+    artefact = read(any_base / "appended", any_base)
     assert report["added"] == len(artefact.merges) > 25 and report["rho_max"] == 1
     assert longer.special_ids == plain.special_ids and longer.vocab_size == plain.vocab_size + report["added"]
 
@@ -244,7 +245,7 @@ def test_appended_merges_save_what_was_counted_while_learning(any_base: Path) ->
 def test_appended_merges_respect_max_n(any_base: Path) -> None:
     """No new token stands for more base tokens than asked."""
     appended(any_base)
-    lengths = {len(parts) for parts in artefacts.read(any_base / "appended", any_base).ngrams}
+    lengths = {len(parts) for parts in read(any_base / "appended", any_base).ngrams}
     assert 2 <= min(lengths) < max(lengths) <= 5
 
 

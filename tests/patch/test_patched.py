@@ -16,7 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.core.errors import LoadError, RequestError
-from engine.patching.artefact import allocate, allocate_merges, write
+from engine.patching.artefact import allocate, allocate_merges
+from engine.patching.artefact_files import write
 from engine.patching.base import BaseVocabulary, base_of
 from engine.patching.merging import Merger
 from engine.patching.verify import speed

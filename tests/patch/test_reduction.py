@@ -10,7 +10,7 @@ import pytest
 
 from engine.core.errors import ConfigError, LoadError
 from engine.loading import resolve
-from engine.patching.artefact import read, write
+from engine.patching.artefact_files import read, write
 from engine.patching.base import BaseVocabulary
 from engine.patching.reduction import load_reduction
 from engine.tokenization import load_tokenizer

@@ -7,7 +7,8 @@ import random
 from pathlib import Path
 
 from engine.patching.apply import apply_patch
-from engine.patching.artefact import Artefact, allocate_merges, write
+from engine.patching.artefact import Artefact, allocate_merges
+from engine.patching.artefact_files import write
 from engine.patching.base import load_base
 from tests.models import tiny_llama_dir
 from tests.patch.bases import small_patch

@@ -16,7 +16,8 @@ from engine import LLM, SamplingParams
 from engine.core.errors import ConfigError, RequestError
 from engine.loading.safetensors_header import write_file
 from engine.loading.weights import open_weights
-from engine.patching.artefact import Artefact, read, write
+from engine.patching.artefact import Artefact
+from engine.patching.artefact_files import read, write
 from engine.patching.errors import BaseMismatch, MissingFile, WrongRows
 from tests.serve.patched_models import patched_folders, permuted
 

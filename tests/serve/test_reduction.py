@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from engine.core.config import EngineConfig
-from engine.patching.artefact import write
+from engine.patching.artefact_files import write
 from engine.patching.base import load_base
 from engine.serve.metrics import Metrics
 from engine.serve.reduction import EVERY, context_card, context_of

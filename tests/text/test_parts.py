@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from engine.core.errors import LoadError, RequestError
-from engine.patching.artefact import allocate, allocate_merges, write
+from engine.patching.artefact import allocate, allocate_merges
+from engine.patching.artefact_files import write
 from engine.patching.base import load_base
 from engine.tokenization import ChatTemplate, HfTokenizer, load_tokenizer
 from engine.tokenization.patched import PatchedTokenizer, _stretches
