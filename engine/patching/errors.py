@@ -1,7 +1,7 @@
 """Every reason for which a patched vocabulary is refused, by name.
 
-It checks nothing itself; artefact.py, artefact_files.py, invariants.py and upstream.py raise these. All are LoadErrors: one line that
-names the file or id, what was found and what was expected.
+It checks nothing itself; artefact.py, artefact_files.py, invariants.py and upstream.py raise these. All are LoadErrors:
+one line that names the file or id, what was found and what was expected.
 """
 
 from __future__ import annotations

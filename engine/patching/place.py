@@ -1,5 +1,5 @@
-"""Where an artefact lies: its own folder, or `patch/` in a model's. What is in it is artefact_files.py's, which needs numpy;
-who only wants to know whether there is one, or what its JSON says, does not.
+"""Where an artefact lies: its own folder, or `patch/` in a model's. What is in it is artefact_files.py's, which needs
+numpy; who only wants to know whether there is one, or what its JSON says, does not.
 """
 
 from __future__ import annotations
