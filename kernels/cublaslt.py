@@ -3,8 +3,8 @@
 PyTorch takes the first algorithm that cuBLASLt proposes. On an H200 a later proposal is often 3 to 20 % faster for 64
 to 512 rows, and once almost twice (448 rows of a 28,672 x 4,096 weight: 289 us against 153). Which one it is, is kept
 as its place in the list of proposals, which one version of the library gives in one order on one device; or, where a
-search went beyond the proposals, as the numbers that make an algorithm (SETTINGS). It knows nothing of layers.
-libcublasLt is the one that PyTorch has loaded; where there is none, callers use PyTorch.
+search went beyond the proposals (scripts/gpu_library.py), as the numbers that make an algorithm (SETTINGS). It knows
+nothing of layers. libcublasLt is the one that PyTorch has loaded; where there is none, callers use PyTorch.
 """
 
 from __future__ import annotations
@@ -26,10 +26,8 @@ PROPOSALS = 16  # asked for; the library gives about 8
 _COMPUTE_F32, _F32, _TRANSPOSED = 68, 0, 1
 _TYPES = {torch.float32: 0, torch.float16: 2, torch.bfloat16: 14}
 _SET_TRANSPOSE_A, _SET_MOST_WORKSPACE = 3, 1
-_CAN_TILES, _CAN_CUSTOM, _CAN_STAGES = 6, 7, 13
 # number of cublasLtMatmulAlgoConfigAttributes_t -> its bytes; 0, the algorithm's id, is read only
 SETTINGS = {0: 4, 1: 4, 2: 4, 3: 4, 4: 4, 5: 4, 6: 4, 7: 2, 8: 2}
-_TILE, _SPLIT, _CUSTOM, _CLUSTER = 1, 2, 5, 8
 Choice = int | tuple[int, ...]  # a proposal's place, or one number for each of SETTINGS
 
 
@@ -44,7 +42,8 @@ class LibraryError(RuntimeError):
     """cuBLASLt is not here, or refused a call."""
 
 
-def _check(status: int, call: str) -> None:
+def check(status: int, call: str) -> None:
+    """Raise LibraryError for what a call returned, unless it is success."""
     if status:
         raise LibraryError(f"{call} returned cuBLAS status {status}")
 
@@ -61,15 +60,15 @@ class _Library:
         self.calls.cublasLtGetVersion.restype = ctypes.c_size_t
         self.version = int(self.calls.cublasLtGetVersion())
         self.handle = ctypes.c_void_p()
-        _check(self.calls.cublasLtCreate(ctypes.byref(self.handle)), "cublasLtCreate")
+        check(self.calls.cublasLtCreate(ctypes.byref(self.handle)), "cublasLtCreate")
         self.workspace = torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device="cuda")
 
     def layout(self, dtype: torch.dtype, rows: int, columns: int, step: int) -> ctypes.c_void_p:
         """A column-major matrix."""
         made = ctypes.c_void_p()
-        _check(self.calls.cublasLtMatrixLayoutCreate(ctypes.byref(made), _TYPES[dtype], ctypes.c_uint64(rows),
-                                                     ctypes.c_uint64(columns), ctypes.c_int64(step)),
-               "cublasLtMatrixLayoutCreate")  # fmt: skip
+        check(self.calls.cublasLtMatrixLayoutCreate(ctypes.byref(made), _TYPES[dtype], ctypes.c_uint64(rows),
+                                                    ctypes.c_uint64(columns), ctypes.c_int64(step)),
+              "cublasLtMatrixLayoutCreate")  # fmt: skip
         return made
 
 
@@ -95,86 +94,50 @@ class Product:
 
     def __init__(self, m: int, n: int, k: int, dtype: torch.dtype, out_dtype: torch.dtype) -> None:
         library = self._library = _library()
-        calls = library.calls
+        calls = self.calls = library.calls
         self._what = ctypes.c_void_p()
-        _check(calls.cublasLtMatmulDescCreate(ctypes.byref(self._what), _COMPUTE_F32, _F32), "cublasLtMatmulDescCreate")
+        check(calls.cublasLtMatmulDescCreate(ctypes.byref(self._what), _COMPUTE_F32, _F32), "cublasLtMatmulDescCreate")
         transposed = ctypes.c_int(_TRANSPOSED)
-        _check(calls.cublasLtMatmulDescSetAttribute(self._what, _SET_TRANSPOSE_A, ctypes.byref(transposed),
-                                                    ctypes.c_size_t(4)), "cublasLtMatmulDescSetAttribute")  # fmt: skip
+        check(calls.cublasLtMatmulDescSetAttribute(self._what, _SET_TRANSPOSE_A, ctypes.byref(transposed),
+                                                   ctypes.c_size_t(4)), "cublasLtMatmulDescSetAttribute")  # fmt: skip
         # row-major (N, K) is column-major (K, N): y^T = (W^T)^T x^T
         self._w, self._x = library.layout(dtype, k, n, k), library.layout(dtype, k, m, k)
         self._y = library.layout(out_dtype, n, m, n)
         prefer = ctypes.c_void_p()
-        _check(calls.cublasLtMatmulPreferenceCreate(ctypes.byref(prefer)), "cublasLtMatmulPreferenceCreate")
+        check(calls.cublasLtMatmulPreferenceCreate(ctypes.byref(prefer)), "cublasLtMatmulPreferenceCreate")
         most = ctypes.c_size_t(WORKSPACE_BYTES)
-        _check(calls.cublasLtMatmulPreferenceSetAttribute(prefer, _SET_MOST_WORKSPACE, ctypes.byref(most),
-                                                          ctypes.c_size_t(8)),
-               "cublasLtMatmulPreferenceSetAttribute")  # fmt: skip
+        check(calls.cublasLtMatmulPreferenceSetAttribute(prefer, _SET_MOST_WORKSPACE, ctypes.byref(most),
+                                                         ctypes.c_size_t(8)),
+              "cublasLtMatmulPreferenceSetAttribute")  # fmt: skip
         found, count = (_Proposal * PROPOSALS)(), ctypes.c_int(0)
         status = calls.cublasLtMatmulAlgoGetHeuristic(
             library.handle, self._what, self._w, self._x, self._y, self._y, prefer, PROPOSALS, found,
             ctypes.byref(count),
         )  # fmt: skip
         calls.cublasLtMatmulPreferenceDestroy(prefer)
-        _check(status, "cublasLtMatmulAlgoGetHeuristic")
+        check(status, "cublasLtMatmulAlgoGetHeuristic")
         self.proposals = [found[i] for i in range(count.value) if found[i].state == 0]
         self._types = (_TYPES[dtype], _TYPES[out_dtype])
         self._made: dict[tuple[int, ...], _Proposal] = {}
         self._one, self._zero = ctypes.c_float(1.0), ctypes.c_float(0.0)
 
-    def settings(self, proposal: _Proposal) -> tuple[int, ...]:
-        """The numbers that make a proposal."""
-        found = []
-        for number, size in SETTINGS.items():
-            value, written = ctypes.c_int32(0), ctypes.c_size_t(0)
-            _check(self._library.calls.cublasLtMatmulAlgoConfigGetAttribute(
-                ctypes.byref(proposal), number, ctypes.byref(value), ctypes.c_size_t(size), ctypes.byref(written),
-            ), "cublasLtMatmulAlgoConfigGetAttribute")  # fmt: skip
-            found.append(value.value)
-        return tuple(found)
-
     def algorithm(self, settings: tuple[int, ...]) -> _Proposal:
         """The algorithm of these numbers. Raises LibraryError where this product cannot run by it."""
         calls, made, kind = self._library.calls, _Proposal(), self._types
-        _check(calls.cublasLtMatmulAlgoInit(self._library.handle, _COMPUTE_F32, _F32, kind[0], kind[0], kind[1],
-                                            kind[1], settings[0], ctypes.byref(made)),
-               "cublasLtMatmulAlgoInit")  # fmt: skip
+        check(calls.cublasLtMatmulAlgoInit(self._library.handle, _COMPUTE_F32, _F32, kind[0], kind[0], kind[1],
+                                           kind[1], settings[0], ctypes.byref(made)),
+              "cublasLtMatmulAlgoInit")  # fmt: skip
         for (number, size), value in list(zip(SETTINGS.items(), settings, strict=True))[1:]:
-            _check(calls.cublasLtMatmulAlgoConfigSetAttribute(
+            check(calls.cublasLtMatmulAlgoConfigSetAttribute(
                 ctypes.byref(made), number, ctypes.byref(ctypes.c_int32(value)), ctypes.c_size_t(size),
             ), "cublasLtMatmulAlgoConfigSetAttribute")  # fmt: skip
         checked = _Proposal()
-        _check(calls.cublasLtMatmulAlgoCheck(self._library.handle, self._what, self._w, self._x, self._y, self._y,
-                                             ctypes.byref(made), ctypes.byref(checked)),
-               "cublasLtMatmulAlgoCheck")  # fmt: skip
+        check(calls.cublasLtMatmulAlgoCheck(self._library.handle, self._what, self._w, self._x, self._y, self._y,
+                                            ctypes.byref(made), ctypes.byref(checked)),
+              "cublasLtMatmulAlgoCheck")  # fmt: skip
         if checked.workspace_bytes > WORKSPACE_BYTES:
             raise LibraryError(f"it wants a workspace of {checked.workspace_bytes} bytes; there are {WORKSPACE_BYTES}")
         return made
-
-    def tiles(self, proposal: _Proposal) -> list[int]:
-        """The numbers of the tiles that the algorithm of a proposal knows."""
-        written, room = ctypes.c_size_t(0), (ctypes.c_uint32 * 1024)()
-        _check(self._library.calls.cublasLtMatmulAlgoCapGetAttribute(
-            ctypes.byref(proposal), _CAN_TILES, room, ctypes.c_size_t(ctypes.sizeof(room)), ctypes.byref(written),
-        ), "cublasLtMatmulAlgoCapGetAttribute")  # fmt: skip
-        return list(room[: written.value // 4])
-
-    def neighbours(self, settings: tuple[int, ...], tiles: list[int], clusters: list[int], customs: range
-                   ) -> list[tuple[int, ...]]:  # fmt: skip
-        """Algorithms like this one, whole along K, with other tiles, clusters and custom options, that can run."""
-        found = []
-        for tile in tiles:
-            for cluster in clusters:
-                for custom in customs:
-                    changed = list(settings)
-                    changed[_TILE], changed[_SPLIT], changed[_SPLIT + 1] = tile, 1, 0
-                    changed[_CUSTOM], changed[_CLUSTER] = custom, cluster
-                    try:
-                        self.algorithm(tuple(changed))
-                    except LibraryError:
-                        continue
-                    found.append(tuple(changed))
-        return found
 
     def proposal(self, choice: Choice) -> _Proposal:
         """The algorithm of a choice. Raises LibraryError where there is none of it."""
@@ -190,7 +153,7 @@ class Product:
         """y = x W^T, plus y when `add`, on the current stream. All contiguous and of the shapes this was made for."""
         library, proposal = self._library, self.proposal(choice)
         pointer = ctypes.c_void_p
-        _check(library.calls.cublasLtMatmul(
+        check(library.calls.cublasLtMatmul(
             library.handle, self._what, ctypes.byref(self._one), pointer(weight.data_ptr()), self._w,
             pointer(x.data_ptr()), self._x, ctypes.byref(self._one if add else self._zero), pointer(y.data_ptr()),
             self._y, pointer(y.data_ptr()), self._y, ctypes.byref(proposal), pointer(library.workspace.data_ptr()),

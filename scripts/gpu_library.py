@@ -6,6 +6,9 @@ where kernels/cublaslt.py finds it.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import itertools
 import math
 from collections.abc import Callable
 from functools import partial
@@ -117,13 +120,47 @@ def search(s: Session) -> None:
     cublaslt.forget_table()
 
 
+# attributes of cublasLtMatmulAlgoConfigAttributes_t, and one of ...CapAttributes_t: the tiles that an algorithm knows
+_TILE, _SPLIT, _SCHEME, _CUSTOM, _CLUSTER = 1, 2, 3, 5, 8
+_CAN_TILES = 6
+
+
 def neighbours(product: cublaslt.Product, call: Callable[[int, cublaslt.Choice], object], buffers: int
                ) -> list[cublaslt.Choice]:  # fmt: skip
-    """Algorithms beyond the proposals, other tiles, clusters and custom options of them; the fastest first, roughly."""
-    known = [product.settings(one) for one in product.proposals]
-    clusters, customs = sorted({one[8] for one in known}), range(max(one[5] for one in known) + 2)
-    tried = product.neighbours(known[0], product.tiles(product.proposals[0]), clusters, customs)
-    return sorted(tried, key=lambda choice: _roughly_us(lambda i: call(i, choice), buffers))
+    """Algorithms beyond the proposals, whole along K: other tiles, clusters and custom options of the first. Those that
+    can run, the fastest first, roughly."""
+    known = [_settings(product, one) for one in product.proposals]
+    clusters, customs = sorted({one[_CLUSTER] for one in known}), range(max(one[_CUSTOM] for one in known) + 2)
+    found: list[cublaslt.Choice] = []
+    for tile, cluster, custom in itertools.product(_tiles(product, product.proposals[0]), clusters, customs):
+        changed = list(known[0])
+        changed[_TILE], changed[_SPLIT], changed[_SCHEME] = tile, 1, 0
+        changed[_CUSTOM], changed[_CLUSTER] = custom, cluster
+        with contextlib.suppress(cublaslt.LibraryError):
+            product.algorithm(tuple(changed))
+            found.append(tuple(changed))
+    return sorted(found, key=lambda choice: _roughly_us(lambda i: call(i, choice), buffers))
+
+
+def _settings(product: cublaslt.Product, proposal: Any) -> tuple[int, ...]:
+    """The numbers that make a proposal."""
+    found = []
+    for number, size in cublaslt.SETTINGS.items():
+        value, written = ctypes.c_int32(0), ctypes.c_size_t(0)
+        cublaslt.check(product.calls.cublasLtMatmulAlgoConfigGetAttribute(
+            ctypes.byref(proposal), number, ctypes.byref(value), ctypes.c_size_t(size), ctypes.byref(written),
+        ), "cublasLtMatmulAlgoConfigGetAttribute")  # fmt: skip
+        found.append(value.value)
+    return tuple(found)
+
+
+def _tiles(product: cublaslt.Product, proposal: Any) -> list[int]:
+    """The numbers of the tiles that the algorithm of a proposal knows."""
+    written, room = ctypes.c_size_t(0), (ctypes.c_uint32 * 1024)()
+    cublaslt.check(product.calls.cublasLtMatmulAlgoCapGetAttribute(
+        ctypes.byref(proposal), _CAN_TILES, room, ctypes.c_size_t(ctypes.sizeof(room)), ctypes.byref(written),
+    ), "cublasLtMatmulAlgoCapGetAttribute")  # fmt: skip
+    return list(room[: written.value // 4])
 
 
 def _roughly_us(call: Call, buffers: int) -> float:
