@@ -12,7 +12,6 @@ without one the driver wakes a thread of its own (cuLaunchHostFunc), which takes
 from __future__ import annotations
 
 import ctypes
-import os
 import weakref
 from functools import lru_cache
 from typing import NamedTuple
@@ -20,6 +19,7 @@ from typing import NamedTuple
 import torch
 
 from tessera_kernels import native
+from tessera_kernels.cores import usable_cores
 from tessera_kernels.native import OPS
 
 
@@ -41,7 +41,7 @@ LEAST_THREADS, MOST_THREADS = 4, 8
 
 def bell_threads() -> int:
     """Threads of a bell: half of the cores that this process may use, within what helps."""
-    return max(1, min(MOST_THREADS, len(os.sched_getaffinity(0)) // 2))
+    return max(1, min(MOST_THREADS, usable_cores() // 2))
 
 
 def bell_pays() -> bool:
