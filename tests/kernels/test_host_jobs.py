@@ -99,6 +99,18 @@ def test_it_ends_with_its_owner() -> None:
         assert time.monotonic() < deadline, threading.active_count()
 
 
+def test_what_a_stream_still_calls_for_is_answered_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program that ends, or drops a bell, in the middle of a step: kernels that wait are not left alone."""
+    make = torch.zeros
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "zeros", lambda *size, pin_memory, **more: make(*size, **more))
+    bell = host_jobs.Bell(1)
+    to, source = make(4), torch.ones(4)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: called(bell, bell.add(copied(to, source))))
+    bell.stop()
+    assert to.tolist() == [1.0] * 4
+
+
 def test_threads_must_make_sense() -> None:
     """Not a thousand and more."""
     with pytest.raises(ValueError, match="outside 1..1024"):
