@@ -12,14 +12,14 @@ without one the driver wakes a thread of its own (cuLaunchHostFunc), which takes
 from __future__ import annotations
 
 import ctypes
-import os
 import weakref
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from tessera_kernels import native
+from tessera_kernels.cores import usable_cores
 from tessera_kernels.native import OPS
 
 
@@ -41,7 +41,7 @@ LEAST_THREADS, MOST_THREADS = 4, 8
 
 def bell_threads() -> int:
     """Threads of a bell: half of the cores that this process may use, within what helps."""
-    return max(1, min(MOST_THREADS, len(os.sched_getaffinity(0)) // 2))
+    return max(1, min(MOST_THREADS, usable_cores() // 2))
 
 
 def bell_pays() -> bool:
@@ -58,7 +58,7 @@ class Bell:
         pinned = torch.cuda.is_available()
         self.word = torch.zeros(16, dtype=torch.int32, pin_memory=pinned)[:1]  # nothing else lies on its line
         self._thread = native.extension().Bell(self.word.data_ptr(), threads or bell_threads())
-        self.stop = weakref.finalize(self, self._thread.stop)  # at the latest when Python ends; the word outlives it
+        self.stop = weakref.finalize(self, _end, self._thread, pinned)  # when Python ends, at the latest
 
     def add(self, job: int) -> int:
         """The number by which a job is called; its own until it has run, or for good where a graph calls it."""
@@ -69,6 +69,15 @@ class Bell:
         from tessera_kernels.triton_crossing import call
 
         call(self.word, self.add(job))
+
+
+def _end(thread: Any, on_gpu: bool) -> None:
+    """Stop a bell's thread, behind what a stream still calls for: its kernels would wait for ever."""
+    try:
+        if on_gpu:
+            torch.cuda.synchronize()
+    finally:
+        thread.stop()
 
 
 def available(dtype: torch.dtype) -> bool:

@@ -4,13 +4,16 @@ called."""
 from __future__ import annotations
 
 import gc
+import math
 import os
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
 from tessera_kernels import host_jobs, native
+from tessera_kernels.cores import quota
 
 pytestmark = pytest.mark.skipif(not native.available(torch.float32), reason="the C++ kernels are not built")
 
@@ -85,7 +88,6 @@ def test_rows_are_mapped_as_without_it(threads: int) -> None:
 def test_it_ends_with_its_owner() -> None:
     """Dropped without a word, its threads are gone."""
     import threading
-    from pathlib import Path
 
     before = len(list(Path("/proc/self/task").iterdir()))
     bell = host_jobs.Bell(3)
@@ -95,6 +97,18 @@ def test_it_ends_with_its_owner() -> None:
     deadline = time.monotonic() + 10
     while len(list(Path("/proc/self/task").iterdir())) > before:
         assert time.monotonic() < deadline, threading.active_count()
+
+
+def test_what_a_stream_still_calls_for_is_answered_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program that ends, or drops a bell, in the middle of a step: kernels that wait are not left alone."""
+    make = torch.zeros
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "zeros", lambda *size, pin_memory, **more: make(*size, **more))
+    bell = host_jobs.Bell(1)
+    to, source = make(4), torch.ones(4)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: called(bell, bell.add(copied(to, source))))
+    bell.stop()
+    assert to.tolist() == [1.0] * 4
 
 
 def test_threads_must_make_sense() -> None:
@@ -110,4 +124,27 @@ def test_a_bell_takes_half_of_the_cores_and_needs_eight(
 ) -> None:
     """With fewer, threads that look for work without pause would be in the way of those that have some."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)))
+    monkeypatch.setattr("tessera_kernels.cores.quota", lambda: math.inf)
     assert host_jobs.bell_threads() == threads and host_jobs.bell_pays() is pays
+
+
+@pytest.mark.parametrize(("groups", "files", "cores", "threads"), [
+    ("0::/", {"cpu.max": "max 100000"}, math.inf, 8),
+    ("0::/a/b", {"a/cpu.max": "250000 100000", "a/b/cpu.max": "max 100000"}, 2.5, 1),
+    ("3:cpu,cpuacct:/docker/x\n2:cpuset:/\n0::/", {"cpu,cpuacct/cpu.cfs_quota_us": "400000",
+                                                  "cpu,cpuacct/cpu.cfs_period_us": "100000"}, 4.0, 2),
+    ("1:cpu:/", {"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, math.inf, 8),
+])  # fmt: skip
+def test_a_quota_of_time_counts_as_cores_do(
+    groups: str, files: dict[str, str], cores: float, threads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By control groups of either version, a process's own or those above; and a bell goes by it."""
+    (tmp_path / "groups").write_text(groups + "\n")
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    found = quota(tmp_path / "groups", tmp_path)
+    assert found == cores and quota(tmp_path / "absent", tmp_path) == math.inf
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(64)))
+    monkeypatch.setattr("tessera_kernels.cores.quota", lambda: found)
+    assert host_jobs.bell_threads() == threads and host_jobs.bell_pays() is (threads == 8)

@@ -42,16 +42,16 @@ class Pace:
         if 2 * load.tokens >= self._granted:
             self.times.observe(load, seconds)
 
-    def reach(self, decodes: Load, context: int, backlog_tokens: int) -> int | None:
-        """Tokens of a step that has these decodes, while so many prompt tokens are still to run, the first of them
-        behind `context` cached ones; asked once a step. None: nothing is known that would limit them."""
+    def reach(self, decodes: Load, context: int, backlog_tokens: int, most: int) -> int:
+        """Tokens of a step that has these decodes, `most` at most, while so many prompt tokens are still to run, the
+        first of them behind `context` cached ones; asked once a step."""
         self.backlog_s += (1 - BACKLOG_FADE) * (backlog_tokens * self.times.token_s - self.backlog_s)
         crowd = min(1.0, max(0.0, (self.backlog_s - CALM_S) / (CROWDED_S - CALM_S)))
         limit_s = self.target_s + (self.bound_s - self.target_s) * crowd
         prompts = self.times.tokens_within(limit_s, decodes, context)
-        if prompts == math.inf:
-            return None
-        total = decodes.tokens + max(0, int(prompts))
-        grain = min(GRAIN_TOKENS, max(STEP_TOKENS, 1 << (total // 4).bit_length() - 1)) if total >= 4 else STEP_TOKENS
-        self._granted = max(decodes.tokens + STEP_TOKENS, total // grain * grain)
+        if prompts == math.inf:  # nothing is known that would limit them
+            return most
+        total = decodes.tokens + int(prompts)
+        grain = min(GRAIN_TOKENS, max(STEP_TOKENS, 1 << (total // 8).bit_length()))
+        self._granted = min(most, max(decodes.tokens + STEP_TOKENS, total // grain * grain))
         return self._granted

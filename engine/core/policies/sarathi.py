@@ -84,8 +84,8 @@ class Sarathi:
         if self.pace is None or not draft.num_tokens:
             return self.chunk_tokens
         backlog = sum(sequence.left for sequence in partial) + draft.queues.waiting.tokens
-        reach = self.pace.reach(draft.load(), prompts[0].computed if prompts else 0, backlog)
-        return self.chunk_tokens if reach is None else min(self.chunk_tokens, reach)
+        context = prompts[0].computed if prompts else 0
+        return self.pace.reach(draft.load(), context, backlog, self.chunk_tokens)
 
     def _size(self, sequence: Sequence, reach: int) -> int:
         """Tokens that a step may reach while it runs this prompt."""
