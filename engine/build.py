@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import os
 from pathlib import Path
 
 import torch
@@ -304,6 +303,8 @@ def read_model(config: EngineConfig) -> tuple[ModelSpec, Artefact | None]:
 
 def resolve(config: EngineConfig) -> tuple[EngineConfig, ModelSpec, int]:
     """Everything that model and machine decide: (resolved config, specification, groups of the pool)."""
+    from tessera_kernels.cores import usable_cores
+
     spec, _ = read_model(config)
     config = with_environment(config)
     scx = scx_config(config, spec)
@@ -313,7 +314,7 @@ def resolve(config: EngineConfig) -> tuple[EngineConfig, ModelSpec, int]:
         config,
         checkpoint_dtype=spec.dtype,
         max_positions=spec.context_tokens,
-        usable_cores=len(os.sched_getaffinity(0)),
+        usable_cores=usable_cores(),
         device=choose_device(config.device),
     )
     dtype: torch.dtype = getattr(torch, resolved.dtype)
