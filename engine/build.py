@@ -381,6 +381,7 @@ def build_engine(
         schedule=chunk_schedule(resolved),
         pace=pace,
         prompt_order=resolved.prompt_order,
+        ttft_target_s=None if resolved.ttft_target_ms is None else resolved.ttft_target_ms / 1e3,
     )
     scheduler = Scheduler(
         policy,

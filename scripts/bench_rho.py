@@ -143,7 +143,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--out", type=Path, help="write the results as JSON")
     options = parser.parse_args(arguments)
     vars(options).update(policy="sarathi", admission="exact", max_model_len=4096, depth=1, abort=0.0, refuse=0.0,
-                         tbt_target_ms=None, chunk_tokens=None)
+                         tbt_target_ms=None, chunk_tokens=None, prompt_order="arrival", ttft_target_ms=None)
     return options
 
 

@@ -46,7 +46,7 @@ ENGINE = (*KERNELS, "tqdm")
 SERVER = (*ENGINE, "fastapi", "uvicorn", "zmq")
 SHAPE = ("--shape", "llama3-8b", "--device", "cuda")
 ONLINE = ("--runs", "1", "--workload", "online_mixed", "--chunk-size", "2048", "--tbt-target-ms", "20",
-          "--tbt-bound-ms", "34.8", "--prompt-order", "shortest")  # fmt: skip
+          "--tbt-bound-ms", "34.4", "--prompt-order", "deadline", "--ttft-target-ms", "1000")  # fmt: skip
 PARTS = (
     Part("setup", 240, needs=()),
     Part("allocator", 90, "scripts.gpu_allocator"),
@@ -62,6 +62,8 @@ PARTS = (
     Part("single", 60, "scripts.bench", ("latency", *SHAPE, "--runs", "3", "--workload", "single_stream"), ENGINE),
     Part("offline", 180, "scripts.bench", ("throughput", *SHAPE, "--runs", "2", "--chunk-size", "8192", "--workload",
                                            "decode_heavy,offline_chat,offline_long"), ENGINE),
+    Part("chat-1024", 90, "scripts.bench", ("throughput", *SHAPE, "--runs", "2", "--chunk-size", "8192",
+                                            "--max-num-seqs", "1024", "--workload", "offline_chat"), ENGINE),
     *(Part(f"online-{rate}", 75, "scripts.bench", ("serve", *SHAPE, *ONLINE, "--rate", rate), ENGINE)
       for rate in ("8", "12")),
     *(Part(f"http-{rate}", 90, "scripts.bench", ("serve", *SHAPE, *ONLINE, "--rate", rate, "--http"), SERVER)

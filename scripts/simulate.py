@@ -114,8 +114,9 @@ class Simulation:
         if options.tbt_target_ms is not None:
             pace = Pace(options.tbt_target_ms / 1e3, (options.tbt_bound_ms or options.tbt_target_ms) / 1e3)
         policy = make_policy(
-            options.policy, max_model_len=options.max_model_len, chunk_tokens=options.chunk_tokens, pace=pace
-        )
+            options.policy, max_model_len=options.max_model_len, chunk_tokens=options.chunk_tokens, pace=pace,
+            prompt_order=options.prompt_order, ttft_target_s=options.ttft_target_ms and options.ttft_target_ms / 1e3,
+        )  # fmt: skip
         self.scheduler = Scheduler(
             policy,
             ledger,
@@ -245,6 +246,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--chunk-tokens", type=int, default=None)
     parser.add_argument("--tbt-target-ms", type=float, default=None, help="adapt chunks to step times (sarathi)")
     parser.add_argument("--tbt-bound-ms", type=float, default=None, help="while many wait; default: the target")
+    parser.add_argument("--prompt-order", choices=("arrival", "shortest", "deadline"), default="arrival")
+    parser.add_argument("--ttft-target-ms", type=float, default=None, help="order deadline: to the first token")
     parser.add_argument("--depth", type=int, default=1)
     parser.add_argument("--abort", type=float, default=0.02, help="probability of an abort after a step")
     parser.add_argument("--refuse", type=float, default=0.0, help="probability that a chunk's memory is refused")

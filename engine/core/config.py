@@ -147,9 +147,14 @@ class EngineConfig:
         help="dynamic chunking: request = each prompt fills the step up to its own size (as published); "
              "step = the smallest size of a step's prompts bounds the step")
     prompt_order: str = knob(
-        "arrival", choices=("arrival", "shortest"), group="scheduler",
-        help="sarathi: which prompts get a step's tokens first: the oldest, or those with the fewest tokens left of "
-             "the first 512 in line (a prompt that waited counts as shorter, so none starves)")
+        "arrival", choices=("arrival", "shortest", "deadline"), group="scheduler",
+        help="sarathi: which prompts of the first 512 in line get a step's tokens first: the oldest; those with the "
+             "fewest tokens left (a prompt that waited counts as shorter, so none starves); or the shortest that "
+             "make no other miss --ttft-target-ms (at most one prompt in a hundred is put off so that the others "
+             "make it)")
+    ttft_target_ms: float | None = knob(
+        None, lo=1.0, hi=3600000.0, group="scheduler", default_text="none",
+        help="--prompt-order deadline: from arrival to the first token [ms]")
     tbt_target_ms: float | None = knob(
         None, lo=0.1, hi=60000.0, group="scheduler", default_text="chunks of a fixed size",
         help="sarathi: chunks of at most --chunk-size, as large as steps with decodes last this long [ms]")
@@ -279,6 +284,10 @@ def _pace_problems(config: EngineConfig) -> list[str]:
     if config.prompt_order != "arrival" and (config.scheduler != "sarathi" or config.dynamic_chunking):
         problems.append(f"--prompt-order {config.prompt_order} needs --scheduler sarathi without a dynamic chunking "
                         "schedule")
+    if config.prompt_order == "deadline" and None in (config.ttft_target_ms, target):
+        problems.append("--prompt-order deadline needs --ttft-target-ms and --tbt-target-ms, say 1000 and 20")
+    if config.prompt_order != "deadline" and config.ttft_target_ms is not None:
+        problems.append(f"--ttft-target-ms {config.ttft_target_ms} needs --prompt-order deadline")
     if target is None:
         return problems if bound is None else [*problems, f"--tbt-bound-ms {bound} needs --tbt-target-ms"]
     if bound is not None and bound < target:

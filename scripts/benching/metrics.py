@@ -48,6 +48,7 @@ class Latency(NamedTuple):
 
     ttft_p50_s: float
     ttft_p99_s: float
+    ttft_max_s: float
     tbt_p50_s: float
     tbt_p99_s: float
     tbt_max_s: float
@@ -62,8 +63,8 @@ def latency(timelines: Sequence[Timeline]) -> Latency:
     """Percentiles over all requests."""
     ttft = [timeline.ttft_s for timeline in timelines]
     tbt = [gap for timeline in timelines for gap in timeline.tbt_s]
-    return Latency(quantile(ttft, 0.5), quantile(ttft, 0.99), quantile(tbt, 0.5), quantile(tbt, 0.99),
-                   max(tbt, default=0.0))  # fmt: skip
+    return Latency(quantile(ttft, 0.5), quantile(ttft, 0.99), max(ttft, default=0.0),
+                   quantile(tbt, 0.5), quantile(tbt, 0.99), max(tbt, default=0.0))  # fmt: skip
 
 
 def span_s(timelines: Sequence[Timeline]) -> float:

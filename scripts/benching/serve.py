@@ -22,6 +22,8 @@ from scripts.benching.options import add_run_flags, add_workload_flags, report_o
 from scripts.benching.server import Server
 from scripts.benching.workloads import Workload, random_prompts, warm_up
 
+LATEST = 5  # first tokens that a record names with their prompts
+
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """See --help."""
@@ -119,16 +121,18 @@ def record_of(
     found = [latency(timelines) for timelines in runs]
     floors = _floors(workload, *limits) if limits is not None else {}
     figures = []
-    for name in ("ttft_p50", "ttft_p99", "tbt_p50", "tbt_p99", "tbt_max"):
+    for name in ("ttft_p50", "ttft_p99", "ttft_max", "tbt_p50", "tbt_p99", "tbt_max"):
         values = tuple(1e3 * getattr(one, f"{name}_s") for one in found)
         figures.append(Figure(name, "ms", values, False, floors.get(name)))
     rates = tuple(output_tok_s(timelines) for timelines in runs)
     figures.append(Figure("out_tok_s", "tok/s", rates, True, floors.get("out_tok_s")))
     goods = tuple(goodput(timelines, bounds) for timelines in runs)
     figures.append(Figure("goodput", "req/s", goods, True, floors.get("goodput")))
+    latest = [sorted(timelines, key=lambda one: -one.ttft_s)[:LATEST] for timelines in runs]
     details = {
         "requests": len(workload.items), "output_tokens": workload.output_tokens, "bounds_s": bounds._asdict(),
         "events": [sum(len(t.token_s) for t in timelines) for timelines in runs],
+        "latest_ms_and_prompt_tokens": [[(round(1e3 * t.ttft_s), t.prompt_tokens) for t in some] for some in latest],
     }  # fmt: skip
     return Record(workload.name, tuple(figures), variant, details)
 
@@ -142,6 +146,7 @@ def _floors(workload: Workload, costs: Costs, device: Device) -> dict[str, float
     span_s = end_s - workload.items[0].arrival_s
     return {
         "ttft_p50": 1e3 * quantile(prompts, 0.5), "ttft_p99": 1e3 * quantile(prompts, 0.99),
+        "ttft_max": 1e3 * max(prompts),
         "tbt_p50": tbt_ms, "tbt_p99": tbt_ms, "tbt_max": tbt_ms,
         "out_tok_s": workload.output_tokens / span_s, "goodput": len(workload.items) / span_s,
     }  # fmt: skip

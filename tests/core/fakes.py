@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from engine.core.ledger import EXACT, AdmissionRule, KvLedger
 from engine.core.loop import EngineLoop
 from engine.core.plan import Failure, SampledToken, StepPlan, StepResult, Update
-from engine.core.policies import ChunkSchedule, make_policy
+from engine.core.policies import ChunkSchedule, Pace, make_policy
 from engine.core.request import Request, SamplingParams
 from engine.core.scheduler import Scheduler
 
@@ -155,11 +155,13 @@ def make_scheduler(
     ahead: bool = False,
     prompt_order: str = "arrival",
 ) -> Scheduler:
-    """A scheduler with small numbers."""
+    """A scheduler with small numbers. Order "deadline" comes with a pace of 10 to 20 ms and a target of 50."""
     ledger = KvLedger(groups, lambda tokens: -(-tokens // group_tokens), rule)
-    made = make_policy(policy, max_model_len=max_model_len, chunk_tokens=chunk_tokens, schedule=schedule,
-                       prompt_order=prompt_order)  # fmt: skip
-    return Scheduler(made, ledger, max_num_seqs=max_num_seqs, max_model_len=max_model_len, depth=depth, ahead=ahead)
+    pace = Pace(0.01, 0.02) if prompt_order == "deadline" else None
+    made = make_policy(policy, max_model_len=max_model_len, chunk_tokens=chunk_tokens, schedule=schedule, pace=pace,
+                       prompt_order=prompt_order, ttft_target_s=pace and 0.05)  # fmt: skip
+    return Scheduler(made, ledger, max_num_seqs=max_num_seqs, max_model_len=max_model_len, depth=depth, ahead=ahead,
+                     pace=pace)  # fmt: skip
 
 
 def make_loop(scheduler: Scheduler, **options: object) -> tuple[EngineLoop, FakeExecutor]:

@@ -28,6 +28,7 @@ from tests.core.fakes import (
 )
 
 ALL = policies.names()
+ORDERS = ("arrival", "shortest", "deadline")
 PAGED = ["sarathi", "simple_chunking", "vllm"]
 
 
@@ -72,7 +73,7 @@ def random_engine(rng: random.Random, **options: object) -> tuple[EngineLoop, Fa
         ahead=ahead,
         chunk_tokens=chunk,
         schedule=schedule,
-        prompt_order=rng.choice(("arrival", "shortest")) if policy == "sarathi" and schedule is None else "arrival",
+        prompt_order=rng.choice(ORDERS) if policy == "sarathi" and schedule is None else "arrival",
     )
     return make_loop(scheduler, group_tokens=group_tokens, seed=rng.randrange(1 << 30), **options)
 
@@ -420,7 +421,8 @@ def test_a_victim_in_flight_loses_its_late_token() -> None:
     assert sum(record.dropped for record in scheduler.records) > 0
 
 
-@pytest.mark.parametrize(("policy", "order"), [*((name, "arrival") for name in ALL), ("sarathi", "shortest")])
+@pytest.mark.parametrize(("policy", "order"), [*((name, "arrival") for name in ALL), ("sarathi", "shortest"),
+                                               ("sarathi", "deadline")])  # fmt: skip
 def test_no_request_starves_under_continuous_arrivals(policy: str, order: str) -> None:
     """New requests arrive every step, for ever; each one of the first hundred ends within a bound of steps."""
     scheduler = make_scheduler(policy, groups=60, max_model_len=96, max_num_seqs=12, prompt_order=order)

@@ -32,7 +32,7 @@ class TestMetrics:
         found = metrics.latency(self.two)
         assert found.ttft_p50_s == pytest.approx(0.75) and found.ttft_p99_s == pytest.approx(0.995)
         assert found.tbt_p50_s == pytest.approx(0.2) and found.tbt_p99_s == pytest.approx(0.494)
-        assert found.tbt_max_s == pytest.approx(0.5)
+        assert found.tbt_max_s == pytest.approx(0.5) and found.ttft_max_s == 1.0
 
     def test_rates(self) -> None:
         """5 outputs and 15 prompt tokens in 3 seconds."""
@@ -49,7 +49,7 @@ class TestMetrics:
     def test_one_token_has_no_gap(self) -> None:
         """And is good by its TTFT alone."""
         alone = [timeline(0.0, [0.5])]
-        assert metrics.latency(alone)[2:] == (0, 0, 0)
+        assert metrics.latency(alone)[3:] == (0, 0, 0)
         assert metrics.goodput(alone, metrics.Bounds(0.5, 0.0)) == pytest.approx(2)
 
 

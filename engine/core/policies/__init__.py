@@ -23,7 +23,8 @@ class PolicyOptions:
 
     chunk_tokens: token budget of a step (sarathi, simple_chunking; None = 512) or of a batch of prompts (vllm;
     None = max_model_len). schedule: dynamic chunking instead of chunk_tokens; pace: chunks of at most chunk_tokens by
-    what steps take; prompt_order: "arrival" or "shortest" (sarathi only, all three).
+    what steps take; prompt_order: "arrival", "shortest" or "deadline" (sarathi only, all three); ttft_target_s: for
+    "deadline", seconds from arrival to the first token.
     """
 
     max_model_len: int
@@ -31,6 +32,7 @@ class PolicyOptions:
     schedule: ChunkSchedule | None = None
     pace: Pace | None = None
     prompt_order: str = "arrival"
+    ttft_target_s: float | None = None
 
     def __post_init__(self) -> None:
         if self.max_model_len < 1:
@@ -81,9 +83,10 @@ def make_policy(
     schedule: ChunkSchedule | None = None,
     pace: Pace | None = None,
     prompt_order: str = "arrival",
+    ttft_target_s: float | None = None,
 ) -> Policy:
     """The policy of that name. Raises ConfigError for an unknown one or an option that it cannot honour."""
-    return policies[name](PolicyOptions(max_model_len, chunk_tokens, schedule, pace, prompt_order))
+    return policies[name](PolicyOptions(max_model_len, chunk_tokens, schedule, pace, prompt_order, ttft_target_s))
 
 
 __all__ = ["ChunkSchedule", "DEFAULT_CHUNK_TOKENS", "Pace", "Policy", "PolicyOptions", "make_policy", "policies"]

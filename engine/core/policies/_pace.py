@@ -42,16 +42,28 @@ class Pace:
         if 2 * load.tokens >= self._granted:
             self.times.observe(load, seconds)
 
+    @property
+    def limit_s(self) -> float:
+        """What a step with decodes shall last now."""
+        crowd = min(1.0, max(0.0, (self.backlog_s - CALM_S) / (CROWDED_S - CALM_S)))
+        return self.target_s + (self.bound_s - self.target_s) * crowd
+
     def reach(self, decodes: Load, context: int, backlog_tokens: int, most: int) -> int:
         """Tokens of a step that has these decodes, `most` at most, while so many prompt tokens are still to run, the
         first of them behind `context` cached ones; asked once a step."""
         self.backlog_s += (1 - BACKLOG_FADE) * (backlog_tokens * self.times.token_s - self.backlog_s)
-        crowd = min(1.0, max(0.0, (self.backlog_s - CALM_S) / (CROWDED_S - CALM_S)))
-        limit_s = self.target_s + (self.bound_s - self.target_s) * crowd
-        prompts = self.times.tokens_within(limit_s, decodes, context)
+        prompts = self.times.tokens_within(self.limit_s, decodes, context)
         if prompts == math.inf:  # nothing is known that would limit them
             return most
         total = decodes.tokens + int(prompts)
         grain = min(GRAIN_TOKENS, max(STEP_TOKENS, 1 << (total // 8).bit_length()))
         self._granted = min(most, max(decodes.tokens + STEP_TOKENS, total // grain * grain))
         return self._granted
+
+    def prompt_tokens_s(self, decodes: Load, most: int) -> float:
+        """Prompt tokens a second in steps as long as they are now, of at most `most` tokens and with these decodes; 0
+        where unknown."""
+        prompts = min(self.times.tokens_within(self.limit_s, decodes, 0), most - decodes.tokens)
+        prompts = max(STEP_TOKENS, prompts)
+        seconds = self.times.predict(Load(decodes.tokens + int(prompts), decodes.cached, decodes.pairs))
+        return prompts / seconds if seconds > 0 else 0.0

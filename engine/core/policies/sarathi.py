@@ -8,9 +8,9 @@ from __future__ import annotations
 from engine.core.draft import StepDraft
 from engine.core.errors import ConfigError
 from engine.core.policies import DEFAULT_CHUNK_TOKENS, PolicyOptions, policies
+from engine.core.policies._order import Deadline, PromptOrder, Shortest
 from engine.core.sequence import Sequence, Status
 
-AGED_TOKENS_S = 10_000  # tokens by which a prompt counts as shorter for each second it waited
 CONSIDERED = 512  # of those who wait, in line: what looking at all of thousands takes would be missed in every step
 
 
@@ -24,10 +24,10 @@ class Sarathi:
     def __init__(self, options: PolicyOptions) -> None:
         self.prompt_limit = options.max_model_len
         self.schedule, self.pace = options.schedule, options.pace
-        self.shortest_first = options.prompt_order == "shortest"
+        self.order = _prompt_order(options)
         if self.pace is not None and self.schedule is not None:
             raise ConfigError("a chunk schedule and a pace contradict each other; give one")
-        if self.shortest_first and self.schedule is not None:
+        if self.order is not None and self.schedule is not None:
             raise ConfigError("a chunk schedule takes prompts as they arrive; leave the schedule or the order out")
         self.chunk_tokens = options.chunk_tokens or DEFAULT_CHUNK_TOKENS
         if self.schedule is not None:
@@ -39,8 +39,8 @@ class Sarathi:
         draft.budget_tokens = self.chunk_tokens
         draft.sort_running()
         partial = draft.decode()
-        if self.shortest_first:
-            self._fill_shortest(draft, partial)
+        if self.order is not None:
+            self._fill_in_order(draft, partial, self.order)
             return
         reach = self._reach(draft, partial, partial)
         starved = False
@@ -58,13 +58,10 @@ class Sarathi:
             if not draft.admit(waiting, min(waiting.left, bound - draft.num_tokens)):
                 return
 
-    def _fill_shortest(self, draft: StepDraft, partial: list[Sequence]) -> None:
-        """The step's tokens go to the prompts with the fewest left, new or in progress; who waited counts as less."""
-        def place(sequence: Sequence) -> tuple[int, float]:
-            waited_s = draft.now_s - sequence.arrival_s
-            return sequence.request.priority, sequence.left - AGED_TOKENS_S * waited_s
-
-        prompts = sorted([*partial, *draft.arrived(CONSIDERED)], key=place)
+    def _fill_in_order(self, draft: StepDraft, partial: list[Sequence], order: PromptOrder) -> None:
+        """The step's tokens go to prompts, new or in progress, in this order."""
+        tokens_s = 0.0 if self.pace is None else self.pace.prompt_tokens_s(draft.load(), self.chunk_tokens)
+        prompts = order.line([*partial, *draft.arrived(CONSIDERED)], draft.now_s, tokens_s, self.chunk_tokens)
         reach = self._reach(draft, partial, prompts)
         for sequence in partial:
             draft.keep(sequence)
@@ -77,6 +74,8 @@ class Sarathi:
                 draft.go_on(sequence, share)
             elif not full:  # nobody passes one who is refused, but those in progress go on
                 full = not draft.admit(sequence, share)
+                if not full:
+                    order.started()
 
     def _reach(self, draft: StepDraft, partial: list[Sequence], prompts: list[Sequence]) -> int:
         """Tokens of this step at most, its decodes being in. Without decodes nobody waits for it to be short. prompts:
@@ -90,3 +89,12 @@ class Sarathi:
     def _size(self, sequence: Sequence, reach: int) -> int:
         """Tokens that a step may reach while it runs this prompt."""
         return reach if self.schedule is None else self.schedule.chunk_tokens(sequence.computed)
+
+
+def _prompt_order(options: PolicyOptions) -> PromptOrder | None:
+    """None: as they arrive."""
+    if options.prompt_order != "deadline":
+        return Shortest() if options.prompt_order == "shortest" else None
+    if options.ttft_target_s is None or options.pace is None:
+        raise ConfigError("prompt order deadline needs a TTFT target, and a pace, which knows how fast prompts run")
+    return Deadline(options.ttft_target_s)

@@ -1,0 +1,180 @@
+"""Orders of prompts: deadlines against every subset that could be in time, fairness, and what is refused."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+
+import pytest
+
+from engine.core.config import EngineConfig
+from engine.core.errors import ConfigError
+from engine.core.load import Load
+from engine.core.policies import Pace, make_policy
+from engine.core.policies._order import KEPT_SPEED, PATIENCE, PUT_OFF_MOST, Deadline
+from engine.core.sequence import Sequence
+from scripts import simulate
+from tests.core.fakes import make_request
+
+SPEED = 1000 / KEPT_SPEED  # tokens a second, of which Deadline counts on 1,000
+
+
+def prompt(seq_id: int, tokens: int, arrival_s: float = 0.0) -> Sequence:
+    """One that waits."""
+    return Sequence(seq_id, make_request(f"r{seq_id}", tokens, arrival_s=arrival_s), 1 << 20)
+
+
+def generous(target_s: float) -> Deadline:
+    """A deadline before which as many may be put off as ever at once."""
+    order = Deadline(target_s)
+    for _ in range(1000):
+        order.started()
+    return order
+
+
+def in_time(line: list[Sequence], now_s: float, target_s: float) -> int:
+    """How many have run by their target, one after another at 1,000 tokens a second."""
+    count = 0
+    for sequence in line:
+        now_s += sequence.left / 1000
+        count += now_s <= sequence.arrival_s + target_s + 1e-9
+    return count
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_as_many_are_in_time_as_can_be(seed: int) -> None:
+    """Up to PUT_OFF_MOST put off, nobody finds a line with more in time: every subset is tried, by deadline."""
+    rng = random.Random(seed)
+    prompts = [prompt(i, rng.randrange(50, 400), rng.uniform(-0.5, 0.0)) for i in range(8)]
+    line = generous(1.0).line(prompts, 0.0, SPEED, 1 << 20)
+    assert sorted(sequence.seq_id for sequence in line) == list(range(8))
+    by_deadline = sorted(prompts, key=lambda sequence: sequence.arrival_s)
+    best = max(
+        size for size in range(9) for some in itertools.combinations(by_deadline, size)
+        if in_time(list(some), 0.0, 1.0) == size
+    )  # fmt: skip
+    assert 8 - best <= PUT_OFF_MOST
+    assert in_time(line, 0.0, 1.0) == best
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_shortest_first_unless_it_makes_another_late(seed: int) -> None:
+    """With time to spare it is plainly the shortest first; at any load it costs nobody the target that oldest first
+    kept."""
+    rng = random.Random(seed)
+    prompts = [prompt(i, rng.randrange(50, 500), rng.uniform(-0.5, 0.0)) for i in range(8)]
+    calm = Deadline(100.0).line(prompts, 0.0, SPEED, 1 << 20)
+    assert [sequence.left for sequence in calm] == sorted(sequence.left for sequence in prompts)
+    line = Deadline(2.0).line(prompts, 0.0, SPEED, 1 << 20)  # nobody may be put off yet
+    oldest_first = sorted(prompts, key=lambda sequence: sequence.arrival_s)
+    assert in_time(line, 0.0, 2.0) >= in_time(oldest_first, 0.0, 2.0)
+
+
+def test_no_more_than_a_share_is_put_off_and_only_for_a_while() -> None:
+    """One in a hundred that start; it goes last, keeps that place, and is due after PATIENCE targets."""
+    def ids(line: list[Sequence]) -> list[int]:
+        return [sequence.seq_id for sequence in line]
+
+    prompts = [prompt(0, 900), prompt(1, 300, 0.1), prompt(2, 200, 0.2)]
+    order = Deadline(1.0)
+    for _ in range(99):
+        order.started()
+    assert ids(order.line(prompts, 0.2, SPEED, 1 << 20)) == [0, 1, 2]  # all late, none may be put off: the oldest first
+    order.started()
+    assert ids(order.line(prompts, 0.2, SPEED, 1 << 20)) == [2, 1, 0]
+    more = [*prompts, prompt(3, 800, 0.3), prompt(4, 700, 0.3)]
+    assert ids(order.line(more, 0.3, SPEED, 1 << 20))[-1] == 0  # the share is spent, but 0 was put off
+    late = [prompts[0], prompt(5, 850, PATIENCE - 0.95)]
+    assert ids(order.line(late, PATIENCE - 0.91, SPEED, 1 << 20)) == [0, 5]  # it would be too late behind the other
+
+
+def test_a_prompt_that_takes_longer_than_the_target_by_itself_costs_nobody_the_target() -> None:
+    """It waits for those who can make it, and is not counted as put off."""
+    order = generous(1.0)
+    line = order.line([prompt(0, 5000), prompt(1, 400, 0.1), prompt(2, 500, 0.1)], 0.1, SPEED, 1 << 20)
+    assert [sequence.seq_id for sequence in line] == [1, 2, 0]
+    assert order._allowance == PUT_OFF_MOST
+
+
+def test_priorities_and_requests_that_were_started_anew_come_first() -> None:
+    """Whatever is shorter."""
+    urgent = Sequence(7, make_request("urgent", 900, priority=-1), 1 << 20)
+    anew = prompt(8, 800)
+    anew.outputs.append(5)
+    for first in (urgent, anew):
+        line = generous(2.0).line([prompt(0, 100), prompt(1, 200), first], 0.0, SPEED, 1 << 20)
+        assert line[0] is first
+
+
+def test_nobody_starves_when_more_arrives_than_can_be_served() -> None:
+    """Twenty seconds at 1.3 times what can be served: nobody waits longer than the oldest-first line would be long by
+    a target's patience."""
+    rng, order, target_s = random.Random(4), Deadline(0.5), 0.5
+    waiting: list[Sequence] = []
+    waits: list[float] = []
+    now_s, arrival_s, n = 0.0, 0.0, 0
+    while now_s < 40:
+        while arrival_s <= min(now_s, 20.0):
+            waiting.append(prompt(n, rng.randrange(20, 300), arrival_s))
+            arrival_s, n = arrival_s + 0.16 / 1.3 * rng.uniform(0.5, 1.5), n + 1
+        if waiting:
+            first = order.line(waiting, now_s, SPEED, 1)[0]
+            order.started()
+            waiting.remove(first)
+            now_s += first.left / 1000
+            waits.append(now_s - first.arrival_s)
+        else:
+            now_s += 0.01
+    assert not waiting and n > 150
+    assert max(waits) < 20 * 0.3 + PATIENCE * target_s + 1.0
+
+
+def test_how_fast_prompts_run_beside_decodes() -> None:
+    """What fits into steps as they are now, a second; nothing known is 0; decodes that take longer leave a little."""
+    pace = Pace(0.02, 0.03)
+    assert pace.prompt_tokens_s(Load(), 2048) == 0
+    rng = random.Random(1)
+    for _ in range(200):
+        load = Load(rng.randrange(1, 2000), rng.randrange(0, 200_000))
+        pace.observe(load, 0.001 + load.tokens * 20e-6 + load.cached * 40e-9)
+    beside = Load(10, 100_000)
+    assert pace.prompt_tokens_s(beside, 2048) == pytest.approx((0.02 - 0.001 - 0.004) / 20e-6 / 0.02, rel=0.05)
+    for _ in range(100):  # a second of prompts waits: steps go up to the bound
+        pace.reach(beside, 0, 50_000, 2048)
+    assert pace.prompt_tokens_s(beside, 2048) == pytest.approx((0.03 - 0.001 - 0.004) / 20e-6 / 0.03, rel=0.05)
+    assert pace.prompt_tokens_s(Load(), 256) == pytest.approx(256 / (0.001 + 256 * 20e-6), rel=0.05)
+    assert 0 < pace.prompt_tokens_s(Load(200, 10_000_000), 2048) < 100
+
+
+@pytest.mark.parametrize("seed", ["0", "1"])
+def test_a_crowded_day_by_deadline(seed: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """More than can be served comes at once: 99 in 100 first tokens by their target, and half of them much sooner."""
+    day = "--requests 500 --rate 60 --base-s 0.008 --token-s 2e-5 --abort 0 --tbt-target-ms 12 --tbt-bound-ms 25"
+    room = "--max-model-len 4096 --pool-tokens 400000 --chunk-tokens 2048"
+
+    def times(*order: str) -> dict[str, float]:
+        assert simulate.main([*day.split(), *room.split(), "--seed", seed, "--prompt-order", *order]) == 0
+        numbers: dict[str, float] = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert numbers["finished"] == 500
+        return numbers
+
+    oldest, deadline = times("arrival"), times("deadline", "--ttft-target-ms", "700")
+    assert deadline["ttft_p99_s"] < 0.7 * 1.02
+    assert deadline["ttft_p50_s"] < 0.2 * oldest["ttft_p50_s"]
+
+
+def test_what_a_deadline_needs() -> None:
+    """A target, a pace to know the speed by, and sarathi."""
+    for settings, words in (
+        ({"prompt_order": "deadline"}, "needs --ttft-target-ms and --tbt-target-ms"),
+        ({"prompt_order": "deadline", "ttft_target_ms": 500.0}, "needs --ttft-target-ms and --tbt-target-ms"),
+        ({"ttft_target_ms": 500.0}, "needs --prompt-order deadline"),
+    ):  # fmt: skip
+        with pytest.raises(ConfigError, match=words):
+            EngineConfig(**settings)  # type: ignore[arg-type]
+    assert EngineConfig(prompt_order="deadline", ttft_target_ms=500.0, tbt_target_ms=20).ttft_target_ms == 500
+    with pytest.raises(ConfigError, match="a TTFT target, and a pace"):
+        make_policy("sarathi", max_model_len=64, prompt_order="deadline", ttft_target_s=1.0)
+    with pytest.raises(ConfigError, match="above 0"):
+        Deadline(0.0)
