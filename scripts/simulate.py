@@ -113,9 +113,10 @@ class Simulation:
         pace = None
         if options.tbt_target_ms is not None:
             pace = Pace(options.tbt_target_ms / 1e3, (options.tbt_bound_ms or options.tbt_target_ms) / 1e3)
+        ttft_target_s = None if options.ttft_target_ms is None else options.ttft_target_ms / 1e3
         policy = make_policy(
             options.policy, max_model_len=options.max_model_len, chunk_tokens=options.chunk_tokens, pace=pace,
-            prompt_order=options.prompt_order, ttft_target_s=options.ttft_target_ms and options.ttft_target_ms / 1e3,
+            prompt_order=options.prompt_order, ttft_target_s=ttft_target_s,
         )  # fmt: skip
         self.scheduler = Scheduler(
             policy,

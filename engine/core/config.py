@@ -150,8 +150,8 @@ class EngineConfig:
         "arrival", choices=("arrival", "shortest", "deadline"), group="scheduler",
         help="sarathi: which prompts of the first 512 in line get a step's tokens first: the oldest; those with the "
              "fewest tokens left (a prompt that waited counts as shorter, so none starves); or the shortest that "
-             "make no other miss --ttft-target-ms (at most one prompt in a hundred is put off so that the others "
-             "make it)")
+             "make no other miss --ttft-target-ms (one prompt in a hundred may be put off so that the others make it, "
+             "and those that take most of it by themselves wait)")
     ttft_target_ms: float | None = knob(
         None, lo=1.0, hi=3600000.0, group="scheduler", default_text="none",
         help="--prompt-order deadline: from arrival to the first token [ms]")

@@ -33,7 +33,8 @@ class Sequence:
     to come. computed: tokens whose KV is written. goal: tokens to prefill in this
     epoch, i.e. known at its start. epoch: restarts so far. length_cap: known tokens at which it must end ("length").
     covered: known tokens that the reserved memory holds. whole: memory up to length_cap is reserved, so it is never
-    a victim. preemptions, refusals: for the progress rule. order: (priority, arrival), the order of running.
+    a victim. preemptions, refusals: for the progress rule. put_off: its first token may come late, so that others come
+    in time. order: (priority, arrival), the order of running.
     """
 
     __slots__ = (
@@ -48,6 +49,7 @@ class Sequence:
         "outputs",
         "pending",
         "preemptions",
+        "put_off",
         "refusals",
         "request",
         "request_id",
@@ -76,6 +78,7 @@ class Sequence:
         self.whole = False
         self.preemptions = 0
         self.refusals = 0
+        self.put_off = False
 
     @property
     def left(self) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
+from time import perf_counter
 
 import pytest
 
@@ -12,17 +13,23 @@ from engine.core.config import EngineConfig
 from engine.core.errors import ConfigError
 from engine.core.load import Load
 from engine.core.policies import Pace, make_policy
-from engine.core.policies._order import KEPT_SPEED, PATIENCE, PUT_OFF_MOST, Deadline
+from engine.core.policies._order import KEPT_SPEED, PATIENCE, PUT_OFF_MOST, Deadline, PromptCost, Shortest
 from engine.core.sequence import Sequence
 from scripts import simulate
-from tests.core.fakes import make_request
+from tests.core.fakes import make_loop, make_request, make_scheduler, run
 
-SPEED = 1000 / KEPT_SPEED  # tokens a second, of which Deadline counts on 1,000
+COST = PromptCost(KEPT_SPEED / 1000, 0.0)  # so that Deadline counts on 1,000 tokens a second
+WHOLE = 1 << 20
 
 
-def prompt(seq_id: int, tokens: int, arrival_s: float = 0.0) -> Sequence:
+def prompt(seq_id: int, tokens: int, arrival_s: float = 0.0, priority: int = 0) -> Sequence:
     """One that waits."""
-    return Sequence(seq_id, make_request(f"r{seq_id}", tokens, arrival_s=arrival_s), 1 << 20)
+    return Sequence(seq_id, make_request(f"r{seq_id}", tokens, arrival_s=arrival_s, priority=priority), WHOLE)
+
+
+def ids(line: list[Sequence]) -> list[int]:
+    """Who they are."""
+    return [sequence.seq_id for sequence in line]
 
 
 def generous(target_s: float) -> Deadline:
@@ -47,7 +54,7 @@ def test_as_many_are_in_time_as_can_be(seed: int) -> None:
     """Up to PUT_OFF_MOST put off, nobody finds a line with more in time: every subset is tried, by deadline."""
     rng = random.Random(seed)
     prompts = [prompt(i, rng.randrange(50, 400), rng.uniform(-0.5, 0.0)) for i in range(8)]
-    line = generous(1.0).line(prompts, 0.0, SPEED, 1 << 20)
+    line = generous(1.0).line(prompts, 0.0, COST, WHOLE)
     assert sorted(sequence.seq_id for sequence in line) == list(range(8))
     by_deadline = sorted(prompts, key=lambda sequence: sequence.arrival_s)
     best = max(
@@ -64,47 +71,95 @@ def test_the_shortest_first_unless_it_makes_another_late(seed: int) -> None:
     kept."""
     rng = random.Random(seed)
     prompts = [prompt(i, rng.randrange(50, 500), rng.uniform(-0.5, 0.0)) for i in range(8)]
-    calm = Deadline(100.0).line(prompts, 0.0, SPEED, 1 << 20)
+    calm = Deadline(100.0).line(prompts, 0.0, COST, WHOLE)
     assert [sequence.left for sequence in calm] == sorted(sequence.left for sequence in prompts)
-    line = Deadline(2.0).line(prompts, 0.0, SPEED, 1 << 20)  # nobody may be put off yet
+    line = Deadline(2.0).line(prompts, 0.0, COST, WHOLE)  # nobody may be put off yet
     oldest_first = sorted(prompts, key=lambda sequence: sequence.arrival_s)
     assert in_time(line, 0.0, 2.0) >= in_time(oldest_first, 0.0, 2.0)
 
 
 def test_no_more_than_a_share_is_put_off_and_only_for_a_while() -> None:
     """One in a hundred that start; it goes last, keeps that place, and is due after PATIENCE targets."""
-    def ids(line: list[Sequence]) -> list[int]:
-        return [sequence.seq_id for sequence in line]
-
-    prompts = [prompt(0, 900), prompt(1, 300, 0.1), prompt(2, 200, 0.2)]
+    prompts = [prompt(0, 700), prompt(1, 300, 0.1), prompt(2, 200, 0.2)]
     order = Deadline(1.0)
     for _ in range(99):
         order.started()
-    assert ids(order.line(prompts, 0.2, SPEED, 1 << 20)) == [0, 1, 2]  # all late, none may be put off: the oldest first
+    assert ids(order.line(prompts, 0.2, COST, WHOLE)) == [0, 1, 2]  # one will be late, none may wait: as they came
     order.started()
-    assert ids(order.line(prompts, 0.2, SPEED, 1 << 20)) == [2, 1, 0]
-    more = [*prompts, prompt(3, 800, 0.3), prompt(4, 700, 0.3)]
-    assert ids(order.line(more, 0.3, SPEED, 1 << 20))[-1] == 0  # the share is spent, but 0 was put off
-    late = [prompts[0], prompt(5, 850, PATIENCE - 0.95)]
-    assert ids(order.line(late, PATIENCE - 0.91, SPEED, 1 << 20)) == [0, 5]  # it would be too late behind the other
+    assert ids(order.line(prompts, 0.2, COST, WHOLE)) == [2, 1, 0]
+    more = [*prompts, prompt(3, 600, 0.3), prompt(4, 700, 0.3)]
+    line = ids(order.line(more, 0.3, COST, WHOLE))
+    assert line[-1] == 0 and [one.put_off for one in more] == [True, False, False, False, False]  # the share is spent
+    late = [prompts[0], prompt(5, 690, PATIENCE - 0.95), prompt(6, 650, PATIENCE - 0.94)]
+    assert ids(order.line(late, PATIENCE - 0.91, COST, WHOLE))[0] == 0  # it would be too late behind another
 
 
-def test_a_prompt_that_takes_longer_than_the_target_by_itself_costs_nobody_the_target() -> None:
-    """It waits for those who can make it, and is not counted as put off."""
-    order = generous(1.0)
-    line = order.line([prompt(0, 5000), prompt(1, 400, 0.1), prompt(2, 500, 0.1)], 0.1, SPEED, 1 << 20)
-    assert [sequence.seq_id for sequence in line] == [1, 2, 0]
-    assert order._allowance == PUT_OFF_MOST
+def test_nobody_is_put_off_where_it_saves_nobody() -> None:
+    """Not one who is late with nobody behind, not for those who are late anyhow, not where the order would stay."""
+    for now_s, prompts in (
+        (1.5, [prompt(0, 10)]),
+        (3.0, [prompt(i, 100, 0.01 * i) for i in range(20)]),
+        (7.9, [prompt(0, 700), prompt(1, 300, 7.4), prompt(2, 250, 7.4)]),
+    ):  # fmt: skip
+        order = generous(1.0)
+        assert ids(order.line(prompts, now_s, COST, WHOLE))[0] == 0
+        assert not any(one.put_off for one in prompts) and order._allowance == PUT_OFF_MOST
+
+
+def test_no_urgent_prompt_is_put_off_for_another() -> None:
+    """Those of a lower priority run behind it either way."""
+    prompts = [prompt(0, 400, priority=-1), prompt(1, 300, priority=-1), prompt(2, 200, -0.6), prompt(3, 100, -0.6)]
+    line = generous(1.0).line(prompts, 0.0, COST, WHOLE)
+    assert ids(line) == [1, 0, 2, 3] and not any(one.put_off for one in prompts)
+    prompts = [prompt(0, 100, priority=-1), prompt(1, 500, -0.3), prompt(2, 300, -0.2)]
+    assert ids(generous(1.0).line(prompts, 0.0, COST, WHOLE)) == [0, 2, 1] and prompts[1].put_off
+
+
+def test_a_prompt_that_takes_most_of_the_target_by_itself_waits_and_is_not_counted() -> None:
+    """Whenever it came, it would make others late. What it takes counts what its tokens attend to."""
+    for cost, tokens in ((COST, 1100), (PromptCost(COST.token_s, 8e-7), 900)):
+        order = generous(1.0)
+        line = order.line([prompt(0, tokens), prompt(1, 400, 0.1), prompt(2, 450, 0.1)], 0.1, cost, WHOLE)
+        assert ids(line) == [1, 2, 0] and order._allowance == PUT_OFF_MOST
+    assert ids(generous(1.0).line([prompt(0, 900), prompt(1, 50, 0.1)], 0.1, COST, WHOLE)) == [0, 1]
 
 
 def test_priorities_and_requests_that_were_started_anew_come_first() -> None:
-    """Whatever is shorter."""
-    urgent = Sequence(7, make_request("urgent", 900, priority=-1), 1 << 20)
+    """Whatever is shorter; and nobody is put off for who had its first token long ago."""
     anew = prompt(8, 800)
     anew.outputs.append(5)
-    for first in (urgent, anew):
-        line = generous(2.0).line([prompt(0, 100), prompt(1, 200), first], 0.0, SPEED, 1 << 20)
-        assert line[0] is first
+    for first in (prompt(7, 900, priority=-1), anew):
+        prompts = [prompt(0, 100), prompt(1, 200), first]
+        assert generous(1.0).line(prompts, 0.0, COST, WHOLE)[0] is first
+        assert not any(one.put_off for one in prompts)
+
+
+def test_a_prompt_that_starts_again_earns_nobody_a_place() -> None:
+    """Its chunk was refused, and it is admitted a second time."""
+    scheduler = make_scheduler(groups=64, chunk_tokens=32, prompt_order="deadline")
+    order = scheduler.policy.order  # type: ignore[attr-defined]
+    loop, executor = make_loop(scheduler, refuse=0.4, seed=2)
+    loop.add(make_request("r", 40, 4))
+    run(loop)
+    assert sum(len(plan.admissions) for plan in executor.steps) > 1
+    assert order._allowance == pytest.approx(0.01)
+
+
+@pytest.mark.parametrize(("tokens", "target_s"), [((16, 64), 1000.0), ((100, 800), 300.0), ((100, 800), 10.0)])
+def test_planning_stays_quick_with_all_that_are_looked_at(tokens: tuple[int, int], target_s: float) -> None:
+    """512 wait: all in time, most, few. The fastest of five, against what the other order takes for its one sorting."""
+    rng = random.Random(2)
+    prompts = [prompt(i, rng.randrange(*tokens), -rng.uniform(0, target_s / 2)) for i in range(512)]
+
+    def fastest(order: Deadline | Shortest) -> float:
+        times = []
+        for _ in range(5):
+            began = perf_counter()
+            order.line(prompts, 0.0, COST, 2048)
+            times.append(perf_counter() - began)
+        return min(times)
+
+    assert fastest(generous(target_s)) < 15 * fastest(Shortest())
 
 
 def test_nobody_starves_when_more_arrives_than_can_be_served() -> None:
@@ -119,7 +174,7 @@ def test_nobody_starves_when_more_arrives_than_can_be_served() -> None:
             waiting.append(prompt(n, rng.randrange(20, 300), arrival_s))
             arrival_s, n = arrival_s + 0.16 / 1.3 * rng.uniform(0.5, 1.5), n + 1
         if waiting:
-            first = order.line(waiting, now_s, SPEED, 1)[0]
+            first = order.line(waiting, now_s, COST, 1)[0]
             order.started()
             waiting.remove(first)
             now_s += first.left / 1000
@@ -130,21 +185,29 @@ def test_nobody_starves_when_more_arrives_than_can_be_served() -> None:
     assert max(waits) < 20 * 0.3 + PATIENCE * target_s + 1.0
 
 
-def test_how_fast_prompts_run_beside_decodes() -> None:
-    """What fits into steps as they are now, a second; nothing known is 0; decodes that take longer leave a little."""
+def test_what_prompts_take_beside_decodes() -> None:
+    """Their share of steps as they are now; nothing known is None; decodes that take longer leave a little."""
     pace = Pace(0.02, 0.03)
-    assert pace.prompt_tokens_s(Load(), 2048) == 0
+    assert pace.prompt_cost(Load(), 2048) is None
     rng = random.Random(1)
-    for _ in range(200):
-        load = Load(rng.randrange(1, 2000), rng.randrange(0, 200_000))
-        pace.observe(load, 0.001 + load.tokens * 20e-6 + load.cached * 40e-9)
+    for _ in range(300):
+        load = Load(rng.randrange(1, 2000), rng.randrange(0, 200_000), rng.uniform(0, 4e6))
+        pace.observe(load, 0.001 + load.tokens * 20e-6 + load.cached * 40e-9 + load.pairs * 1e-9)
+
+    def cost(beside: Load, most: int = 2048) -> tuple[float, float]:
+        found = pace.prompt_cost(beside, most)
+        assert found is not None
+        return found
+
     beside = Load(10, 100_000)
-    assert pace.prompt_tokens_s(beside, 2048) == pytest.approx((0.02 - 0.001 - 0.004) / 20e-6 / 0.02, rel=0.05)
+    token_s = 0.02 / ((0.02 - 0.001 - 0.004) / 20e-6)
+    assert cost(beside) == (pytest.approx(token_s, rel=0.05), pytest.approx(1e-9, rel=0.05))
+    assert PromptCost(*cost(beside)).seconds(1000, 3000) == pytest.approx(1000 * token_s + 3.5e-3, rel=0.05)
     for _ in range(100):  # a second of prompts waits: steps go up to the bound
         pace.reach(beside, 0, 50_000, 2048)
-    assert pace.prompt_tokens_s(beside, 2048) == pytest.approx((0.03 - 0.001 - 0.004) / 20e-6 / 0.03, rel=0.05)
-    assert pace.prompt_tokens_s(Load(), 256) == pytest.approx(256 / (0.001 + 256 * 20e-6), rel=0.05)
-    assert 0 < pace.prompt_tokens_s(Load(200, 10_000_000), 2048) < 100
+    assert cost(beside)[0] == pytest.approx(0.03 / ((0.03 - 0.001 - 0.004) / 20e-6), rel=0.05)
+    assert cost(Load(), 256)[0] == pytest.approx(20e-6 + 0.001 / 256, rel=0.05)
+    assert cost(Load(200, 10_000_000))[0] > 0.01
 
 
 @pytest.mark.parametrize("seed", ["0", "1"])

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from engine.core.errors import ConfigError
 from engine.core.load import Load
+from engine.core.policies._order import PromptCost
 from engine.core.policies._step_time import StepTime
 
 STEP_TOKENS = 32  # of prompts, never less: a prompt always gets on
@@ -60,10 +61,10 @@ class Pace:
         self._granted = min(most, max(decodes.tokens + STEP_TOKENS, total // grain * grain))
         return self._granted
 
-    def prompt_tokens_s(self, decodes: Load, most: int) -> float:
-        """Prompt tokens a second in steps as long as they are now, of at most `most` tokens and with these decodes; 0
-        where unknown."""
+    def prompt_cost(self, decodes: Load, most: int) -> PromptCost | None:
+        """What prompts take in steps as long as they are now, of at most `most` tokens and with these decodes; None
+        where nothing is known."""
         prompts = min(self.times.tokens_within(self.limit_s, decodes, 0), most - decodes.tokens)
         prompts = max(STEP_TOKENS, prompts)
         seconds = self.times.predict(Load(decodes.tokens + int(prompts), decodes.cached, decodes.pairs))
-        return prompts / seconds if seconds > 0 else 0.0
+        return PromptCost(seconds / prompts, self.times.pair_s) if seconds > 0 else None

@@ -75,10 +75,15 @@ class StepTime:
         """Seconds that a token more takes, attention left out; 0 where nothing is known."""
         return max(0.0, self._weights[1] * SCALES[1])
 
+    @property
+    def pair_s(self) -> float:
+        """Seconds that a (query, key) pair more of a prompt takes; 0 where nothing is known."""
+        return max(0.0, self._weights[3] * SCALES[3])
+
     def tokens_within(self, limit_s: float, decodes: Load, context: int) -> float:
         """Prompt tokens that fit into limit_s beside the decodes, `context` cached tokens before the first of them; 0
         where the decodes alone take longer, infinite where nothing is known that would limit them."""
-        pair_s = max(0.0, self._weights[3] * SCALES[3])
+        pair_s = self.pair_s
         left_s, each_s = max(0.0, limit_s - self.predict(decodes)), self.token_s + pair_s * context
         if each_s == 0 and pair_s == 0:
             return math.inf

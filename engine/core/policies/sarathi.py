@@ -60,8 +60,9 @@ class Sarathi:
 
     def _fill_in_order(self, draft: StepDraft, partial: list[Sequence], order: PromptOrder) -> None:
         """The step's tokens go to prompts, new or in progress, in this order."""
-        tokens_s = 0.0 if self.pace is None else self.pace.prompt_tokens_s(draft.load(), self.chunk_tokens)
-        prompts = order.line([*partial, *draft.arrived(CONSIDERED)], draft.now_s, tokens_s, self.chunk_tokens)
+        cost = None if self.pace is None else self.pace.prompt_cost(draft.load(), self.chunk_tokens)
+        room_tokens = self.chunk_tokens - draft.num_tokens
+        prompts = order.line([*partial, *draft.arrived(CONSIDERED)], draft.now_s, cost, room_tokens)
         reach = self._reach(draft, partial, prompts)
         for sequence in partial:
             draft.keep(sequence)
@@ -74,7 +75,7 @@ class Sarathi:
                 draft.go_on(sequence, share)
             elif not full:  # nobody passes one who is refused, but those in progress go on
                 full = not draft.admit(sequence, share)
-                if not full:
+                if not full and not sequence.epoch:
                     order.started()
 
     def _reach(self, draft: StepDraft, partial: list[Sequence], prompts: list[Sequence]) -> int:
