@@ -78,7 +78,7 @@ PARTS = (
     Part("scx-cost", 180, "scripts.gpu_scx", ("--parts", "admission,crossing,cost", "--budget-s", "150"),
          (*ENGINE, "cryptography")),
     Part("sanitize", 110, "scripts.gpu_allocator", ("--sanitize",)),
-    Part("soak", 520, "scripts.gpu_soak", ("--seconds", "480"), ENGINE),
+    Part("soak", 550, "scripts.gpu_soak", ("--seconds", "480"), ENGINE),
 )
 
 

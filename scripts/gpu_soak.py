@@ -1,7 +1,7 @@
 """Random load on a full GPU: `python -m scripts.gpu_soak [--seconds 480] [--gpu-memory-utilization 0.95]`.
 
-A Llama-3-8B shape with random weights takes requests of random lengths and rules, faster than it can serve them, some
-aborted, for so many seconds. Fails when a request ends with an error, a step is lost, memory runs out or something is
+A Llama-3-8B shape with random weights takes requests of random lengths and rules, faster than it can serve them and
+more than its memory holds (they are preempted), some aborted, for so many seconds. Fails when a request ends with an error, a step is lost, memory runs out or something is
 held at the end. A table every few seconds; the last line is one JSON object. Any device and model may be given.
 """
 
@@ -22,19 +22,19 @@ from engine.build import build_engine
 from engine.core.config import EngineConfig
 from engine.core.loop import EngineLoop
 from engine.core.request import Request, SamplingParams
-from scripts.benching.shapes import write_folder
+from scripts.benching.shapes import SHAPES, write_folder
 
 REPORT_S = 10.0
-SETTLE_S = 60.0  # after which requests that still run are aborted
+SETTLE_S = 20.0  # after which requests that still run are aborted
 
 
 def rules(rng: random.Random, most: int) -> SamplingParams:
     """Any mix of sampling rules; lengths are lognormal with a long tail."""
-    greedy = rng.random() < 0.4
+    greedy, max_tokens = rng.random() < 0.4, min(most, max(1, int(rng.lognormvariate(5.5, 1.0))))
     return SamplingParams(
-        max_tokens=min(most, max(1, int(rng.lognormvariate(5.0, 1.0)))), ignore_eos=True, seed=rng.randrange(1 << 40),
+        max_tokens=max_tokens, min_tokens=min(max_tokens, rng.choice([0, 0, 5])), ignore_eos=True,
         temperature=0.0 if greedy else rng.choice([0.5, 1.0, 1.3]), top_k=rng.choice([0, 0, 40]),
-        top_p=rng.choice([1.0, 0.9]), min_p=rng.choice([0.0, 0.0, 0.02]), min_tokens=rng.choice([0, 0, 5]),
+        top_p=rng.choice([1.0, 0.9]), min_p=rng.choice([0.0, 0.0, 0.02]), seed=rng.randrange(1 << 40),
     )  # fmt: skip
 
 
@@ -51,7 +51,7 @@ class Soak:
     def arrive(self) -> None:
         """One request of random length."""
         rng = self.rng
-        length = min(self.longest, max(1, int(rng.lognormvariate(6.0, 1.3))))
+        length = min(self.longest, max(1, int(rng.lognormvariate(7.3, 1.3))))
         name = f"r{self.made}"
         self.made += 1
         self.live.add(name)
@@ -103,11 +103,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="scripts.gpu_soak", description=__doc__)
     parser.add_argument("--seconds", type=float, default=480.0)
     parser.add_argument("--gpu-memory-utilization", type=float, default=0.95)
-    parser.add_argument("--model", default=None, help="a folder; without it a Llama-3-8B shape with random weights")
+    parser.add_argument("--shape", default="llama3-8b", choices=tuple(SHAPES), help="with random weights")
+    parser.add_argument("--model", default=None, help="a folder with weights, instead of a shape")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--kv-pool-bytes", type=int, default=None, help="instead of the utilisation")
-    parser.add_argument("--max-model-len", type=int, default=8192)
-    parser.add_argument("--max-num-seqs", type=int, default=256)
+    parser.add_argument("--kv-page-bytes", type=int, default=2 << 20)
+    parser.add_argument("--max-model-len", type=int, default=16384)
+    parser.add_argument("--max-num-seqs", type=int, default=512)
     parser.add_argument("--waiting", type=int, default=64, help="requests in line at any time")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, default=None)
@@ -115,12 +117,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as scratch:
         model = asked.model
         if model is None:
-            model = str(write_folder("llama3-8b", Path(scratch)))
+            model = str(write_folder(asked.shape, Path(scratch)))
         engine = build_engine(EngineConfig(
             model=model, device=asked.device, load_format="auto" if asked.model else "dummy",
             gpu_memory_utilization=asked.gpu_memory_utilization, kv_pool_bytes=asked.kv_pool_bytes,
+            kv_page_bytes=asked.kv_page_bytes,
             max_model_len=asked.max_model_len, max_num_seqs=asked.max_num_seqs))  # fmt: skip
-        soak = Soak(engine, vocab=500 if asked.model else 128000, longest=asked.max_model_len - 2, seed=asked.seed)
+        vocab = 500 if asked.model else SHAPES[asked.shape]["vocab_size"]
+        soak = Soak(engine, vocab=vocab, longest=asked.max_model_len - 2, seed=asked.seed)
         found = soak.run(asked.seconds, asked.waiting)
         engine.close()
     held = found["kv_groups_in_use"] + found["kv_slots_active"] + len(soak.live)
