@@ -1,8 +1,9 @@
 """Random load on a full GPU: `python -m scripts.gpu_soak [--seconds 480] [--gpu-memory-utilization 0.95]`.
 
 A Llama-3-8B shape with random weights takes requests of random lengths and rules, faster than it can serve them and
-more than its memory holds (they are preempted), some aborted, for so many seconds. Fails when a request ends with an error, a step is lost, memory runs out or something is
-held at the end. A table every few seconds; the last line is one JSON object. Any device and model may be given.
+more than its memory holds (so some are preempted), some aborted, for so many seconds. Fails when a request ends with an
+error, a step is lost, memory runs out or something is held at the end. A table every few seconds; the last line is one
+JSON object. Any shape, device and model may be given.
 """
 
 from __future__ import annotations
