@@ -37,6 +37,7 @@ class Crossing(NamedTuple):
 # of a bell: rows of a decode step are little work. On an H200's machine its jobs take half as long with 4 as those of
 # host functions, which have PyTorch's threads, and with 2 or fewer longer
 LEAST_THREADS, MOST_THREADS = 4, 8
+INVALID_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT
 
 
 def bell_threads() -> int:
@@ -130,14 +131,31 @@ def launch(job: int, device: torch.device, bell: Bell | None = None) -> None:
     if bell is not None:
         bell.launch(job)
         return
-    stream = torch.cuda.current_stream(device).cuda_stream
-    status = _driver().cuLaunchHostFunc(stream, extension.job_function(), job)
+    stream, function, driver = torch.cuda.current_stream(device).cuda_stream, extension.job_function(), _driver()
+    status = driver.cuLaunchHostFunc(stream, function, job)
+    if status == INVALID_CONTEXT:  # this thread has not called the device before
+        _bind(driver, device)
+        status = driver.cuLaunchHostFunc(stream, function, job)
     if status:
         raise RuntimeError(f"cuLaunchHostFunc: CUDA error {status}")
+
+
+def _bind(driver: ctypes.CDLL, device: torch.device) -> None:
+    """Make the device's primary context, PyTorch's, this thread's; the reference is kept as long as the process."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    number, context = ctypes.c_int(), ctypes.c_void_p()
+    status = (driver.cuDeviceGet(ctypes.byref(number), index)
+              or driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), number)
+              or driver.cuCtxSetCurrent(context))  # fmt: skip
+    if status:
+        raise RuntimeError(f"the context of {device} cannot be used by this thread: CUDA error {status}")
 
 
 @lru_cache(maxsize=1)
 def _driver() -> ctypes.CDLL:
     library = ctypes.CDLL("libcuda.so.1")
     library.cuLaunchHostFunc.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p]
+    library.cuDeviceGet.argtypes = [ctypes.POINTER(ctypes.c_int), ctypes.c_int]
+    library.cuDevicePrimaryCtxRetain.argtypes = [ctypes.POINTER(ctypes.c_void_p), ctypes.c_int]
+    library.cuCtxSetCurrent.argtypes = [ctypes.c_void_p]
     return library

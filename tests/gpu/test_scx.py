@@ -6,6 +6,7 @@ Without a GPU it runs under Triton's interpreter, in float32: TRITON_INTERPRET=1
 from __future__ import annotations
 
 import dataclasses
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -247,6 +248,17 @@ def test_maps_travel_once_and_leave_nothing(where: type[InStreamSide]) -> None:
     side.shut()
     assert not bool(side._whole.any())
     assert not side._staging._sent and not any(bool(kept.any()) for kept in side._staging._free)
+
+
+@pytest.mark.parametrize("where", [DeviceSecureSide, HostSecureSide])
+def test_a_thread_that_never_called_the_device_opens_a_slot(where: type[InStreamSide]) -> None:
+    """As LLM.generate in a thread of its own does: the driver wants to be told which context is meant."""
+    side = secure_side("perm", where=where)
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(side.open, 1, b"a" * 16).result()
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+    assert bool(side._whole[1].any()) and not bool(side._whole[0].any())
 
 
 def test_staging_waits_only_when_it_is_full() -> None:

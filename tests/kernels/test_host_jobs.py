@@ -3,11 +3,15 @@ called."""
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import math
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -109,6 +113,37 @@ def test_what_a_stream_still_calls_for_is_answered_at_the_end(monkeypatch: pytes
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: called(bell, bell.add(copied(to, source))))
     bell.stop()
     assert to.tolist() == [1.0] * 4
+
+
+@pytest.mark.parametrize(("usable", "words"), [(True, ""), (False, "cannot be used by this thread: CUDA error 5")])
+def test_a_thread_new_to_the_device_takes_its_context(
+    usable: bool, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The driver's refusal is answered once, with the primary context of the device that is meant."""
+    calls: list[tuple[str, object]] = []
+
+    def say(name: str, status: int) -> Callable[..., int]:
+        def called(*arguments: Any) -> int:
+            calls.append((name, arguments[-1]))
+            return status
+
+        return called
+
+    def launch(stream: int, function: int, job: int) -> int:
+        first = not calls
+        calls.append(("launch", job))
+        return host_jobs.INVALID_CONTEXT if first else 0
+
+    driver = SimpleNamespace(
+        cuLaunchHostFunc=launch, cuDeviceGet=say("device", 0), cuCtxSetCurrent=say("set", 0),
+        cuDevicePrimaryCtxRetain=say("retain", 0 if usable else 5),
+    )  # fmt: skip
+    monkeypatch.setattr(host_jobs, "_driver", lambda: driver)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=7))
+    with pytest.raises(RuntimeError, match=words) if words else contextlib.nullcontext():
+        host_jobs.launch(3, torch.device("cuda", 1))
+    names = ["launch", "device", "retain", "set", "launch"] if usable else ["launch", "device", "retain"]
+    assert [name for name, _ in calls] == names and calls[1] == ("device", 1)
 
 
 def test_threads_must_make_sense() -> None:
