@@ -13,7 +13,8 @@ from engine.core.config import EngineConfig
 from engine.core.errors import ConfigError
 from engine.core.load import Load
 from engine.core.policies import Pace, make_policy
-from engine.core.policies._order import KEPT_SPEED, PATIENCE, PUT_OFF_MOST, Deadline, PromptCost, Shortest
+from engine.core.policies._deadline import KEPT_SPEED, PATIENCE, PUT_OFF_MOST, Deadline
+from engine.core.policies._order import PromptCost, Shortest
 from engine.core.sequence import Sequence
 from scripts import simulate
 from tests.core.fakes import make_loop, make_request, make_scheduler, run

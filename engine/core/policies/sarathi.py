@@ -8,7 +8,8 @@ from __future__ import annotations
 from engine.core.draft import StepDraft
 from engine.core.errors import ConfigError
 from engine.core.policies import DEFAULT_CHUNK_TOKENS, PolicyOptions, policies
-from engine.core.policies._order import Deadline, PromptOrder, Shortest
+from engine.core.policies._deadline import Deadline
+from engine.core.policies._order import PromptOrder, Shortest
 from engine.core.sequence import Sequence, Status
 
 CONSIDERED = 512  # of those who wait, in line: what looking at all of thousands takes would be missed in every step
