@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pytest
 
 from engine.loading.spec import read_config
-from scripts import bench
+from scripts import bench, draw_online
 from scripts.benching import attention, ceilings, compare, figures, metrics, shapes
 from scripts.benching.figures import Figure, Record, Report
 from scripts.benching.workloads import Item, find
@@ -177,3 +178,12 @@ class TestReportsAndCompare:
         for path in (str(tmp_path / "c.json"), str(tmp_path / "none.json"), other):
             assert bench.main(["compare", good, path]) == 2
             assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_the_picture_of_the_online_figures_is_of_their_records(tmp_path: Path) -> None:
+    """Drawn anew from benchmarks/results it has the same points as the one in docs/."""
+    draw_online.main(["--out", str(tmp_path / "online.svg")])
+    drawn, kept = ((path / "online.svg").read_text("utf-8") for path in (tmp_path, draw_online.OUT.parent))
+    points = re.compile(r'<use xlink:href="#m\w+" x="([\d.]+)" y="([\d.]+)"')
+    assert len(points.findall(kept)) > 12
+    assert points.findall(drawn) == points.findall(kept)
