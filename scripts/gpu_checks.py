@@ -16,7 +16,6 @@ from typing import Any
 import torch
 
 from tessera_kernels import cublaslt, triton_gemm, triton_gemv
-from tessera_kernels.attention_slots import attention_reference
 from tessera_kernels.rope_store import rope_store_reference
 from tessera_kernels.silu_mul import silu_mul_reference
 from tessera_kernels.triton_argmax import RowArgmax
@@ -71,16 +70,42 @@ class Bench:
         return SimpleNamespace(k=memory[0, :, :, width // 2], v=memory[1, :, :, width // 2], slots=self.ints(slots))
 
 
-def _attention_want(q: torch.Tensor, slab: SimpleNamespace, starts: list[int], lengths: list[int], window: int
-                    ) -> torch.Tensor:  # fmt: skip
-    """(N, H * D) float64 on the CPU."""
-    def ints(values: list[int]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.int32)
+KEYS_AT_ONCE = 2048  # of the reference: with 512 queries of 32 heads a block of scores is 268 MB
 
-    return attention_reference(
-        q.double().cpu(), slab.k.double().cpu(), slab.v.double().cpu(), slab.slots.cpu(), ints(starts),
-        ints(lengths), q.shape[-1] ** -0.5, window,
-    )  # fmt: skip
+
+def attention_want(q: torch.Tensor, slab: SimpleNamespace, starts: list[int], lengths: list[int], window: int
+                   ) -> torch.Tensor:  # fmt: skip
+    """(N, H * D) float64, computed where q lies, over blocks of keys with a running maximum.
+
+    q (N, H, D); slab: k, v (S, C, G, D) and slots (B,); starts: B + 1 token rows of the chunks; lengths: B.
+    """
+    heads, dim = q.shape[1:]
+    groups = slab.k.shape[2]
+    out = torch.empty(q.shape[0], groups, heads // groups, dim, dtype=torch.float64, device=q.device)
+    for b, (slot, length) in enumerate(zip(slab.slots.tolist(), lengths, strict=True)):
+        first, last = starts[b], starts[b + 1]
+        rows = q[first:last].double().view(last - first, groups, heads // groups, dim) * dim**-0.5
+        position = torch.arange(length - (last - first), length, device=q.device)
+        top = torch.full((last - first, groups, heads // groups, 1), float("-inf"), dtype=torch.float64,
+                         device=q.device)  # fmt: skip
+        norm, total = torch.zeros_like(top), torch.zeros_like(rows)
+        for begin in range(0, length, KEYS_AT_ONCE):
+            end = min(length, begin + KEYS_AT_ONCE)
+            k, v = (side[slot, begin:end].double() for side in (slab.k, slab.v))  # (T, G, D)
+            key = torch.arange(begin, end, device=q.device)
+            hidden = key[None] > position[:, None]  # (n, T)
+            if window > 0:
+                hidden |= key[None] <= position[:, None] - window
+            scores = torch.einsum("ngrd,tgd->ngrt", rows, k)
+            scores.masked_fill_(hidden[:, None, None], float("-inf"))
+            new_top = torch.maximum(top, scores.amax(-1, keepdim=True))
+            anchor = new_top.clamp_min(-1e300)  # a block may hold no key that a query sees
+            weights, keep = (scores - anchor).exp_(), (top - anchor).exp()
+            norm = norm * keep + weights.sum(-1, keepdim=True)
+            total = total * keep + torch.einsum("ngrt,tgd->ngrd", weights, v)
+            top = new_top
+        out[first:last] = total / norm
+    return out.view(q.shape[0], heads * dim)
 
 
 def decode_lengths(tile: int) -> list[int]:
@@ -88,19 +113,19 @@ def decode_lengths(tile: int) -> list[int]:
     return [1, tile - 1, tile, tile + 1, 2 * tile - 1, 2 * tile, 5 * tile + 3, 7]
 
 
-def check_decode(bench: Bench, heads: int, kv_heads: int, dim: int, window: int = 0, *, scale: int = 1) -> Found:
+def check_decode(bench: Bench, heads: int, kv_heads: int, dim: int, window: int = 0) -> Found:
     """Decode attention on ragged lengths, whole and cut, in both layouts; a sequence of length 0 in the middle."""
     for layers in (0, 3):
         config = None if bench.device != "cpu" else DecodeConfig(keys=16)
         q0 = bench.normal(1, heads, dim)
         tile = (config or DecodeWorkspace.make(q0, heads, kv_heads, dim, 1, 1).config).keys
-        lengths = [n * scale for n in decode_lengths(tile)]
+        lengths = decode_lengths(tile)
         bench.draw.shuffle(lengths)
         slab = bench.slab(lengths, kv_heads, dim, layers)
         q = bench.normal(len(lengths), heads, dim)
         workspace = DecodeWorkspace.make(q, heads, kv_heads, dim, len(lengths) + 1, max(lengths), config, window)
         workspace.partial.fill_(float("nan"))
-        want = _attention_want(q, slab, list(range(len(lengths) + 1)), lengths, window)
+        want = attention_want(q, slab, list(range(len(lengths) + 1)), lengths, window)
         line_up(slab.slots, bench.ints(lengths), workspace)
         for run in range(2):  # again: counters must be back at zero
             out = bench.poison(len(lengths), heads * dim)
@@ -115,10 +140,9 @@ def check_decode(bench: Bench, heads: int, kv_heads: int, dim: int, window: int 
         yield f"decode {heads}/{kv_heads}x{dim} idle row", relative(out[kept], want[kept]), BOUND[bench.dtype]
 
 
-def check_prefill(bench: Bench, heads: int, kv_heads: int, dim: int, window: int = 0, *, scale: int = 1) -> Found:
+def check_prefill(bench: Bench, heads: int, kv_heads: int, dim: int, window: int = 0) -> Found:
     """Chunks of 1 token and many, at the start of a prompt and deep in it, through both ways of loading."""
     chunks = [(0, 5), (10, 1), (0, 33), (63, 17), (64, 1), (0, 128), (127, 2), (40, 100)]
-    chunks = [(start * scale, max(1, length * scale - 1)) for start, length in chunks]
     for bulk in (True, False):
         bench.draw.shuffle(chunks)
         lengths = [start + count for start, count in chunks]
@@ -133,7 +157,7 @@ def check_prefill(bench: Bench, heads: int, kv_heads: int, dim: int, window: int
         out = bench.poison(starts[-1], heads * dim)
         attention_prefill(q, slab.k, slab.v, slab.slots, bench.ints(starts), bench.ints(lengths), dim**-0.5, window,
                           out=out, config=config)  # fmt: skip
-        want = _attention_want(q, slab, starts, lengths, window)
+        want = attention_want(q, slab, starts, lengths, window)
         yield f"prefill {heads}/{kv_heads}x{dim} w{window} bulk={bulk}", relative(out, want), BOUND[bench.dtype]
 
 
@@ -242,99 +266,5 @@ def check_graph(bench: Bench) -> Found:
         graph.replay()
         torch.cuda.synchronize()
         shuffled = SimpleNamespace(k=slab.k, v=slab.v, slots=slots)
-        want = _attention_want(q, shuffled, list(range(sequences + 1)), lengths, 0)
+        want = attention_want(q, shuffled, list(range(sequences + 1)), lengths, 0)
         yield f"decode graph, replay {turn}", relative(out, want), BOUND[bench.dtype]
-
-
-def blocks_of(slab: SimpleNamespace, lengths: list[int], block_tokens: int) -> SimpleNamespace:
-    """The same keys and values as blocks in random order: k, v (blocks, T, G, D), and Paged's table without places."""
-    _, _, kv_heads, dim = slab.k.shape
-    counts = [-(-n // block_tokens) for n in lengths]
-    order = torch.randperm(sum(counts) + 2).tolist()
-    table = torch.zeros(slab.k.shape[0], max(counts), dtype=torch.int32)
-    shape = (len(order), block_tokens, kv_heads, dim)
-    k, v = (torch.full(shape, float("nan"), dtype=slab.k.dtype, device=slab.k.device) for _ in range(2))
-    for slot, length, count in zip(slab.slots.tolist(), lengths, counts, strict=True):
-        for m in range(count):
-            block, n = order.pop(), min(block_tokens, length - m * block_tokens)
-            table[slot, m] = block
-            for side, whole in ((k, slab.k), (v, slab.v)):
-                side[block, :n] = whole[slot, m * block_tokens : m * block_tokens + n]
-    return SimpleNamespace(k=k, v=v, table=table)
-
-
-def check_backend(bench: Bench, name: str, heads: int = 32, kv_heads: int = 8, dim: int = 128) -> Found:
-    """A backend on hybrid batches, prompts first, then decodes; on prompts only; on decodes only."""
-    from engine.attention.base import backends
-    from engine.runner.batch import Paged, Row, pack
-
-    spec: Any = SimpleNamespace(heads=heads, kv_heads=kv_heads, head_dim=dim)
-    caps = backends[name].caps
-    backend = backends[name](spec)
-    # one prompt before decodes is what runs beside them; several short ones are one launch
-    mixes = [[(0, 70), (200, 1), (129, 40), (300, 1), (5, 1)], [(0, 150)], [(77, 1), (1, 1)],
-             [(30, 150), (200, 1), (300, 1), (5, 1)]]
-    for chunks in mixes:
-        for window in (0, 50):
-            lengths = [start + count for start, count in chunks]
-            slab = bench.slab(lengths, kv_heads, dim, layers=2)
-            slots = slab.slots.tolist()
-            host = pack([Row(slots[i], start, [0] * count, True) for i, (start, count) in enumerate(chunks)])
-            batch = replace(host, host=host, **{
-                field: getattr(host, field).to(bench.device)
-                for field in ("tokens", "positions", "token_slots", "slots", "q_starts", "kv_lens", "sample_rows")
-            })  # fmt: skip
-            q = bench.normal(host.num_tokens, heads, dim)
-            want = _attention_want(q, slab, host.q_starts.tolist(), lengths, window)
-            k, v = slab.k, slab.v
-            if caps.paged:
-                blocks = blocks_of(slab, lengths, 16 * caps.block_multiple)
-                k, v, table = blocks.k, blocks.v, blocks.table.to(bench.device)
-                batch.paged = Paged(table, blocks.table.numpy(), k.shape[1], batch.token_slots, batch.positions)
-            for beside in (None, 0, 40) if name == "fa_vattn" else (None,):  # decodes after prompts, and beside
-                if beside is not None:
-                    backend.beside = beside  # type: ignore[attr-defined]
-                got = backend.attend(q, k, v, replace(batch), window)
-                yield f"{name} {len(chunks)} chunks w{window} {beside}", relative(got, want), BOUND[bench.dtype]
-
-
-def check_tail(bench: Bench, name: str, layout: str, heads: int = 32, kv_heads: int = 8, dim: int = 128) -> Found:
-    """A backend over real slabs with nothing mapped beyond: lengths around page and tile edges, as one decode, as one
-    chunk, and in both phases at once. One token too far is a fault that ends the process."""
-    from engine.attention.base import backends
-    from engine.kv.slots import SlotStore
-    from engine.runner.batch import Row, pack
-    from vattention_ext import KvAllocator, KvGeometry
-
-    on_cpu = bench.device == "cpu"
-    page_bytes = 4096 if on_cpu else 2 << 20
-    spec: Any = SimpleNamespace(heads=heads, kv_heads=kv_heads, head_dim=dim)
-    geometry = KvGeometry(layers=2 if on_cpu else 32, kv_heads=kv_heads, head_dim=dim,
-                          element_bytes=bench.dtype.itemsize, max_tokens=4096 if not on_cpu else 256, slots=4,
-                          page_bytes=page_bytes, layout=layout)  # fmt: skip
-    allocator = KvAllocator(geometry, "memfd" if on_cpu else "cuda", pool_groups=geometry.groups_per_slot * 4)
-    store = SlotStore(geometry, allocator, bench.dtype, clear=True)
-    edge = max(1, page_bytes // geometry.token_bytes)
-    edges = {n + off for n in (edge, 2 * edge, 64, 128, 176, 352) for off in (-1, 0, 1)} | {1, 33, 65, 1000, 1030}
-    backend = backends[name](spec)
-    for length in sorted(n for n in edges if 0 < n <= min(geometry.max_tokens, 2100 if not on_cpu else 140)):
-        slots = [store.borrow(length) for _ in range(2)]
-        k, v = store.layer_views(geometry.layers - 1)
-        for slot in slots:
-            k[slot, :length] = bench.normal(length, kv_heads, dim)
-            v[slot, :length] = bench.normal(length, kv_heads, dim)
-        half = max(2, length // 2) if length > 1 else 1
-        for chunks in ([1], [half], [half, 1]):
-            rows = [Row(slots[i], length - n, [0] * n, True) for i, n in enumerate(chunks)]
-            host = pack(rows)
-            batch = host if on_cpu else host.to(torch.device(bench.device))
-            q = bench.normal(host.num_tokens, heads, dim)
-            got = backend.attend(q, k, v, batch, 0)
-            views = SimpleNamespace(k=torch.stack([k[slot, :length] for slot in slots]),
-                                    v=torch.stack([v[slot, :length] for slot in slots]),
-                                    slots=torch.arange(len(chunks), dtype=torch.int32))  # fmt: skip
-            want = _attention_want(q, views, host.q_starts.tolist(), [length] * len(chunks), 0)
-            yield f"{name} {layout} length {length} chunks {chunks}", relative(got, want), BOUND[bench.dtype]
-        for slot in slots:
-            store.give_back(slot)
-    store.close()

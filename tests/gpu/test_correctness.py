@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,21 +17,19 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, correctness.Judge]:
-    """The checkpoint and its judge."""
+def models(tmp_path_factory: pytest.TempPathFactory) -> correctness.Models:
+    """The checkpoints and their judges."""
     torch.backends.cuda.matmul.allow_tf32 = False
-    folder = tmp_path_factory.mktemp("tiny")
-    correctness.write_checkpoint(folder)
-    return folder, correctness.make_judge(folder)[1]
+    return correctness.Models(tmp_path_factory.mktemp("models"))
 
 
 @pytest.mark.parametrize("case", correctness.cases(), ids=lambda case: case.name.replace(" ", "-"))
-def test_engine(case: correctness.Case, tiny: tuple[Path, correctness.Judge]) -> None:
+def test_engine(case: correctness.Case, models: correctness.Models) -> None:
     """Greedy tokens are the judge's, or sampled ones the same in graphs and without."""
     why = correctness.skip_reason(case)
     if why:
         pytest.skip(why)
-    found = correctness.run_case(case, *tiny)
+    found = correctness.run_case(case, *models.of(case.model))
     assert found.compared > 0 and not found.wrong, found.wrong[:3]
 
 

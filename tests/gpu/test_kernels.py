@@ -16,6 +16,7 @@ pytest.importorskip("triton")
 import triton
 
 from engine.attention.base import backends
+from scripts import gpu_backend_checks as backend_checks
 from scripts import gpu_checks as checks
 from scripts import gpu_scx_kernels, gpu_timing
 
@@ -29,6 +30,13 @@ DTYPES = [torch.float32, torch.float16] if INTERPRETED else [torch.float32, torc
 HEADS = [(8, 2, 64), (3, 1, 80)] if INTERPRETED else checks.HEADS
 # every head size in bfloat16, two in the others: what is compiled decides how long this takes
 SHAPES = [(dtype, *heads) for dtype in DTYPES for heads in (HEADS if dtype is torch.bfloat16 else HEADS[:2])]
+# every shape that a backend declares
+ATTENDED = [
+    (name, *heads)
+    for name in backends
+    if not name.startswith("cpu")
+    for heads in (HEADS if INTERPRETED else backend_checks.shapes_for(name))
+]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -42,6 +50,16 @@ def compiled() -> None:
             for check in (checks.check_decode, checks.check_prefill):
                 for window in (0, 50):
                     list(check(bench, *heads, window))
+        for name, *shape in ATTENDED:
+            if name in ("triton_vattn", "triton_paged", "fa_vattn") and not backends[name].missing():
+                list(attended(name, *shape))
+
+
+def attended(name: str, heads: int, kv_heads: int, dim: int) -> checks.Found:
+    """check_backend on batches drawn by a seed of the shape's own: what `compiled` builds is what the test launches."""
+    dtype = torch.float16 if INTERPRETED else torch.bfloat16
+    bench = checks.Bench(DEVICE, dtype, seed=heads * dim + kv_heads)
+    return backend_checks.check_backend(bench, name, heads, kv_heads, dim)
 
 
 def judge(found: checks.Found) -> None:
@@ -108,13 +126,21 @@ def skip_without(name: str) -> None:
         pytest.skip(missing)
 
 
-@pytest.mark.parametrize("name", [name for name in backends if not name.startswith(("cpu", "torch"))])
-def test_backends(name: str) -> None:
-    """Hybrid batches split into prompts and decodes and come back in one piece."""
+@pytest.mark.parametrize(("name", "heads", "kv_heads", "dim"), ATTENDED)
+def test_backends(name: str, heads: int, kv_heads: int, dim: int) -> None:
+    """Random hybrid batches split into prompts and decodes and come back in one piece."""
     skip_without(name)
-    dtype = torch.float16 if INTERPRETED else torch.bfloat16
-    heads, kv_heads, dim = (4, 2, 64) if INTERPRETED else (32, 8, 128)
-    judge(checks.check_backend(checks.Bench(DEVICE, dtype), name, heads, kv_heads, dim))
+    judge(attended(name, heads, kv_heads, dim))
+
+
+@pytest.mark.parametrize("name", ["triton_vattn", "fa_vattn", "fi_vattn"])
+def test_a_long_context(name: str) -> None:
+    """A decode and a chunk at 131,072 tokens, where elements' numbers need 64 bits; small in the interpreter."""
+    skip_without(name)
+    if not INTERPRETED and torch.cuda.mem_get_info()[0] < backend_checks.LONG_BYTES:
+        pytest.skip(f"needs {backend_checks.LONG_BYTES >> 30} GiB of free GPU memory")
+    judge(backend_checks.check_long(checks.Bench(DEVICE, DTYPES[1]), name))
+    torch.cuda.empty_cache()
 
 
 @pytest.mark.parametrize("layout", ["mega", "per_layer"])
@@ -130,4 +156,4 @@ def test_nothing_past_a_length_is_read(name: str, layout: str) -> None:
 def tail(name: str, layout: str) -> checks.Found:
     """check_tail on this machine's terms."""
     heads, kv_heads, dim = (4, 2, 64) if INTERPRETED else (32, 8, 128)
-    return checks.check_tail(checks.Bench(DEVICE, DTYPES[1]), name, layout, heads, kv_heads, dim)
+    return backend_checks.check_tail(checks.Bench(DEVICE, DTYPES[1]), name, layout, heads, kv_heads, dim)
