@@ -39,7 +39,7 @@ test-full: check ## make test with the slow tests
 	CUDA_VISIBLE_DEVICES= $(PY) -m pytest --timeout 1800 $(CPU_TESTS) $(ARGS)
 
 test-gpu: $(STATE)/.ready-test-gpu ## the tests that need a GPU, skipped without one; SHARD=1/4 runs a quarter
-	$(PY) -m pytest -p no:cacheprovider --timeout 240 --shard $(SHARD) --budget-s 420 $(GPU_TESTS) $(ARGS)
+	$(PY) -m pytest -p no:cacheprovider --timeout 240 --shard $(SHARD) --budget-s 450 $(GPU_TESTS) $(ARGS)
 
 check: $(STATE)/.ready-test ## ruff, mypy, manifests, import floors, lints, links
 	$(PY) -m scripts.check

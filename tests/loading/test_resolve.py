@@ -126,6 +126,23 @@ def test_a_hub_that_cannot_be_reached(tmp_path: Path, monkeypatch: pytest.Monkey
     assert resolve_model(None) == resolve_model(resolve.DEFAULT_MODEL) == tmp_path / "default"
 
 
+def test_whether_the_default_model_is_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An installed package or a finished conversion is enough; half of one is not."""
+    monkeypatch.setattr(resolve, "_installed_gguf", lambda: None)
+    assert not resolve.has_default_model(tmp_path)
+    monkeypatch.setattr(resolve, "_convert", lambda gguf, target, progress: target)
+    monkeypatch.setattr(resolve, "_installed_gguf", lambda: tmp_path / "a.gguf")
+    assert resolve.has_default_model(tmp_path)
+    converted = resolve_model(None, cache_dir=tmp_path)
+    monkeypatch.setattr(resolve, "_installed_gguf", lambda: None)
+    converted.mkdir(parents=True)
+    for file in ("config.json", "tokenizer.json"):
+        (converted / file).write_text("{}")
+        assert not resolve.has_default_model(tmp_path)
+    (converted / "model.safetensors").write_bytes(b"")
+    assert resolve.has_default_model(tmp_path)
+
+
 def test_the_download_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """pip failing, a wheel that is no archive, another file size, another digest: LoadErrors, and nothing is kept."""
     monkeypatch.setattr(resolve, "_installed_gguf", lambda: None)
