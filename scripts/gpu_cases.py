@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,7 @@ class Case:
     settings: dict[str, Any]
     sampled: bool = False
     model: str = "llama"
-    load: Load = field(default=WHOLE)
+    load: Load = WHOLE
     preempts: bool = False
 
     @property
