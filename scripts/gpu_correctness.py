@@ -30,6 +30,7 @@ from engine.core.errors import ConfigError
 from engine.core.request import Request, SamplingParams
 from engine.exec.local import LocalExecutor
 from engine.runner.batch import Row, pack
+from scripts.benching.environment import heading
 
 TIE = 2e-4  # of float32 logits, as in the CPU suite
 BF16_GAP = 1.5  # logits of the tiny model have a standard deviation of 11.6; on a CPU in bfloat16 0.81 was seen
@@ -244,6 +245,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("0 passed, 0 failed, 0 skipped: PyTorch sees no CUDA device")
         return 0
     torch.backends.cuda.matmul.allow_tf32 = False
+    head = heading("gpu_correctness", f"correctness: {asked.only or 'all cases'}, tiny Llama", arguments)
     began, counts, lines = perf_counter(), {"passed": 0, "failed": 0, "skipped": 0}, []
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "tiny"
@@ -269,7 +271,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             lines.append({"case": case.name, "verdict": verdict, "said": said})
             print(f"{verdict:8}{case.name:36}{perf_counter() - start:6.1f} s  {said}", flush=True)
             if asked.json:
-                asked.json.write_text(json.dumps({"judge": name, **counts, "cases": lines}, indent=1) + "\n")
+                asked.json.write_text(json.dumps({**head, "judge": name, **counts, "cases": lines}, indent=1) + "\n",
+                                      encoding="utf-8")  # fmt: skip
     print(", ".join(f"{count} {verdict}" for verdict, count in counts.items()))
     return int(counts["failed"] > 0)
 

@@ -24,6 +24,7 @@ from engine.build import build_engine
 from engine.core.config import EngineConfig
 from engine.core.loop import EngineLoop
 from engine.core.request import Request, SamplingParams
+from scripts.benching.environment import heading
 from scripts.benching.shapes import SHAPES, write_folder
 
 REPORT_S = 10.0
@@ -124,6 +125,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, default=None)
     asked = parser.parse_args(arguments)
+    workload = f"soak: {asked.model or asked.shape}, {asked.seconds:.0f} s, {asked.waiting} in line, seed {asked.seed}"
+    head = heading("gpu_soak", workload, arguments)
     with tempfile.TemporaryDirectory() as scratch:
         model = asked.model
         if model is None:
@@ -136,7 +139,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         vocab = 500 if asked.model else SHAPES[asked.shape]["vocab_size"]
         soak = Soak(engine, vocab=vocab, longest=asked.max_model_len - 2, seed=asked.seed,
                     medians=(asked.prompt_tokens, asked.answer_tokens))  # fmt: skip
-        found = soak.run(asked.seconds, asked.waiting)
+        found = head | soak.run(asked.seconds, asked.waiting)
         engine.close()
     held = found["kv_groups_in_use"] + found["kv_slots_active"] + len(soak.live)
     found["ok"] = not soak.errors and not found["lost_steps_total"] and not held
