@@ -19,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from scripts.benching.environment import heading
 from scripts.gpu_allocator_checks import LAUNCHING, PLAIN, Bench, Found, child
 from scripts.gpu_allocator_costs import measure
 from scripts.gpu_race import WAYS, check_race, control
@@ -84,6 +85,14 @@ def import_torch(libcuda: str | None) -> Any:
     return torch if torch.cuda.is_available() else None
 
 
+def finish(report: Found, path: Path | None) -> None:
+    """The last line, and the same into a file."""
+    print(json.dumps(report))
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", type=int, default=0)
@@ -107,9 +116,10 @@ def main() -> int:
         print(bench.cuda.free_bytes())
         return 0
     if arguments.sanitize:
+        head = heading("gpu_allocator", "allocator: its kernels inside compute-sanitizer", None)
         sanitized = sanitize(bench)
         print(sanitized.get("said", sanitized.get("why")))
-        print(json.dumps({"sanitizer": sanitized}))
+        finish({**head, "gpu": bench.cuda.name, "cuda": bench.cuda.version, "sanitizer": sanitized}, arguments.json)
         return int(sanitized["ran"] and not sanitized["clean"])
     if arguments.mode == "control":
         print(json.dumps(control(bench, arguments.way)), flush=True)
@@ -117,20 +127,22 @@ def main() -> int:
     if arguments.mode == "launching" and torch is None:
         print("torch is not installed: there are no kernels to check", file=sys.stderr)
         return 2
+    # a child's parent says where it runs; nothing but the checks runs inside the sanitizer
+    head = heading("gpu_allocator", "allocator: checks, races, costs", None) if arguments.mode == "all" else {}
     launching = LAUNCHING if torch is not None else ()
     checks, failed = run_checks(bench, (check_race, *launching) if arguments.mode == "launching"
                                 else (*PLAIN, check_race, *launching))  # fmt: skip
-    report: Found = {"gpu": bench.cuda.name, "cuda": bench.cuda.version, "torch": getattr(torch, "__version__", None),
-              "checks": checks, "failed": failed, "sanitizer": sanitizer()}  # fmt: skip
+    report: Found = {
+        **head, "gpu": bench.cuda.name, "cuda": bench.cuda.version, "torch": getattr(torch, "__version__", None),
+        "checks": checks, "failed": failed, "sanitizer": sanitizer(),
+    }  # fmt: skip
     if arguments.mode == "all":
         report["controls"], harmless = run_controls(bench)
         report["failed"] += harmless
         report["costs"] = measure(bench)
         for name, values in report["costs"].items():
             print(f"{name:24s} " + "  ".join(f"{key}={value}" for key, value in values.items()))
-    print(json.dumps(report))
-    if arguments.json:
-        arguments.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    finish(report, arguments.json)
     return int(report["failed"] > 0)
 
 

@@ -33,6 +33,7 @@ from engine.core.request import Request, SamplingParams
 from engine.exec.local import LocalExecutor
 from engine.loading.resolve import has_default_model, resolve_model
 from engine.runner.batch import Row, pack
+from scripts.benching.environment import heading
 from scripts.gpu_cases import POOL_BYTES, SMOLLM2, Case, cases, write_checkpoint
 
 __all__ = ["Case", "Models", "cases", "make_judge", "run_case", "skip_reason", "write_checkpoint"]
@@ -197,6 +198,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("0 passed, 0 failed, 0 skipped: PyTorch sees no CUDA device")
         return 0
     torch.backends.cuda.matmul.allow_tf32 = False
+    head = heading("gpu_correctness", f"correctness: {asked.only or 'all cases'}, tiny models", arguments)
     began, counts, lines = perf_counter(), {"passed": 0, "failed": 0, "skipped": 0}, []
     with tempfile.TemporaryDirectory() as scratch:
         models = Models(Path(scratch))
@@ -220,7 +222,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             lines.append({**line, "said": said, "s": round(spent_s, 2)})
             print(f"{line['verdict']:8}{case.name:42}{spent_s:6.1f} s  {said}", flush=True)
             if asked.json:
-                told = {"judge": models.judged_by, **counts, "cases": lines}
+                told = {**head, "judge": models.judged_by, **counts, "cases": lines}
                 asked.json.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
     print(f"judge: {models.judged_by}")
     print(", ".join(f"{count} {verdict}" for verdict, count in counts.items()))

@@ -18,7 +18,6 @@ import importlib
 import json
 import math
 import os
-import platform
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -31,6 +30,7 @@ import torch.nn.functional as F
 
 from engine.attention.base import backends
 from scripts import gpu_backend_checks, gpu_checks, gpu_scx_kernels, gpu_timing, gpu_variants
+from scripts.benching.environment import heading
 from scripts.gpu_timing import Report, show
 from scripts.gpu_trial import Session
 from scripts.gpu_variants import DIM, FFN, HEADS, KV_HEADS, LAYERS, PRODUCTS, VOCAB, WIDTH, weights_of
@@ -367,6 +367,7 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"copy {report.copy_gbytes_s:.0f} GB/s, product {report.product_tflops_s:.0f} TFLOP/s", flush=True)
     session = Session(report, device, compile_only=asked.compile_only, quick=asked.quick, workers=asked.workers)
     seconds: dict[str, float] = {}
+    head = heading("gpu_kernels", f"kernels: {asked.sections}", arguments) if asked.json else {}
     for name in chosen:
         print(f"== {name}", flush=True)
         began = time.perf_counter()
@@ -377,8 +378,8 @@ def main(arguments: list[str] | None = None) -> int:
             report.fail(f"section {name}", error)
         seconds[name] = round(time.perf_counter() - began, 1)
         if asked.json:
-            head = {"device": torch.cuda.get_device_name() if device == "cuda" else device, "torch": torch.__version__,
-                    "python": platform.python_version(), "seconds": seconds}  # fmt: skip
+            head |= {"device": torch.cuda.get_device_name() if device == "cuda" else device,
+                     "torch": torch.__version__, "seconds": seconds}  # fmt: skip
             asked.json.parent.mkdir(parents=True, exist_ok=True)
             asked.json.write_text(json.dumps(head | report.as_dict(), indent=1) + "\n", encoding="utf-8")
     print("seconds:", seconds)

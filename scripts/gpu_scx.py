@@ -41,6 +41,7 @@ from engine.scx.secure import HeadShape, LocalSecureSide
 from scripts import gpu_correctness as correctness
 from scripts import scx_exactness
 from scripts.benching import drive
+from scripts.benching.environment import heading
 from scripts.benching.shapes import SHAPES, write_folder
 from scripts.benching.workloads import Workload, equal, find
 
@@ -292,7 +293,9 @@ def cost(session: Session, asked: argparse.Namespace) -> None:
         cases = [(own, outer, True), (own, "all", True)] + ([("cpu", outer, False)] if own != "cpu" else [])
         cases = [case for case in [*cases, ("worker", outer, False)] if case[0] in asked.secure]
         for secure, layers, chats in cases:
-            head = {"scheme": asked.scheme, "secure_device": secure, "layers": layers}
+            workload = ", ".join(one.name for one in ((chat, decodes) if chats and not asked.no_chat else (decodes,)))
+            head = {"workload": f"{asked.shape}: {workload}", "scheme": asked.scheme, "secure_device": secure,
+                    "layers": layers}  # fmt: skip
             if session.spent():
                 session.keep("cost", {**head, "verdict": "not run"})
                 continue
@@ -387,7 +390,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from engine.scx.on_host import HostSecureSide
 
         HostSecureSide.by_bell = False
-    session = Session(asked.device, perf_counter() + asked.budget_s, asked.json)
+    head = heading("gpu_scx", f"scx: {asked.parts}", arguments)
+    session = Session(asked.device, perf_counter() + asked.budget_s, asked.json, head)
     checks = {"kernels": kernels, "layers": layers, "engine": engine}
     costs = {"admission": admission, "crossing": crossing, "cost": cost}
     for part in chosen:

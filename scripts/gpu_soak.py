@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import random
 import tempfile
 from collections.abc import Sequence
@@ -23,15 +24,21 @@ from engine.build import build_engine
 from engine.core.config import EngineConfig
 from engine.core.loop import EngineLoop
 from engine.core.request import Request, SamplingParams
+from scripts.benching.environment import heading
 from scripts.benching.shapes import SHAPES, write_folder
 
 REPORT_S = 10.0
 SETTLE_S = 20.0  # after which requests that still run are aborted
 
 
-def rules(rng: random.Random, most: int) -> SamplingParams:
-    """Any mix of sampling rules; lengths are lognormal with a long tail."""
-    greedy, max_tokens = rng.random() < 0.4, min(most, max(1, int(rng.lognormvariate(5.5, 1.0))))
+def length(rng: random.Random, median: int, most: int) -> int:
+    """Lognormal with a long tail, 1..most."""
+    return min(most, max(1, int(rng.lognormvariate(math.log(median), 1.0))))
+
+
+def rules(rng: random.Random, median: int, most: int) -> SamplingParams:
+    """Any mix of sampling rules."""
+    greedy, max_tokens = rng.random() < 0.4, length(rng, median, most)
     return SamplingParams(
         max_tokens=max_tokens, min_tokens=min(max_tokens, rng.choice([0, 0, 5])), ignore_eos=True,
         temperature=0.0 if greedy else rng.choice([0.5, 1.0, 1.3]), top_k=rng.choice([0, 0, 40]),
@@ -42,8 +49,9 @@ def rules(rng: random.Random, most: int) -> SamplingParams:
 class Soak:
     """An engine under load, and what became of its requests."""
 
-    def __init__(self, engine: EngineLoop, *, vocab: int, longest: int, seed: int) -> None:
+    def __init__(self, engine: EngineLoop, *, vocab: int, longest: int, medians: tuple[int, int], seed: int) -> None:
         self.engine, self.vocab, self.longest, self.rng = engine, vocab, longest, random.Random(seed)
+        self.prompt, self.answer = medians
         self.live: set[str] = set()
         self.ended: dict[str, int] = {}
         self.errors: list[str] = []
@@ -52,12 +60,12 @@ class Soak:
     def arrive(self) -> None:
         """One request of random length."""
         rng = self.rng
-        length = min(self.longest, max(1, int(rng.lognormvariate(7.3, 1.3))))
+        tokens = length(rng, self.prompt, self.longest)
         name = f"r{self.made}"
         self.made += 1
         self.live.add(name)
-        prompt = tuple(rng.randrange(self.vocab) for _ in range(length))
-        self.engine.add(Request(name, prompt, rules(rng, self.longest), 0.0))
+        prompt = tuple(rng.randrange(self.vocab) for _ in range(tokens))
+        self.engine.add(Request(name, prompt, rules(rng, self.answer, self.longest), 0.0))
 
     def step(self) -> None:
         """One step of the engine, and now and then an abort."""
@@ -111,10 +119,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--kv-page-bytes", type=int, default=2 << 20)
     parser.add_argument("--max-model-len", type=int, default=16384)
     parser.add_argument("--max-num-seqs", type=int, default=512)
+    parser.add_argument("--prompt-tokens", type=int, default=1000, help="median")
+    parser.add_argument("--answer-tokens", type=int, default=1500, help="median: many at once, so that memory fills")
     parser.add_argument("--waiting", type=int, default=64, help="requests in line at any time")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, default=None)
     asked = parser.parse_args(arguments)
+    workload = f"soak: {asked.model or asked.shape}, {asked.seconds:.0f} s, {asked.waiting} in line, seed {asked.seed}"
+    head = heading("gpu_soak", workload, arguments)
     with tempfile.TemporaryDirectory() as scratch:
         model = asked.model
         if model is None:
@@ -125,8 +137,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             kv_page_bytes=asked.kv_page_bytes,
             max_model_len=asked.max_model_len, max_num_seqs=asked.max_num_seqs))  # fmt: skip
         vocab = 500 if asked.model else SHAPES[asked.shape]["vocab_size"]
-        soak = Soak(engine, vocab=vocab, longest=asked.max_model_len - 2, seed=asked.seed)
-        found = soak.run(asked.seconds, asked.waiting)
+        soak = Soak(engine, vocab=vocab, longest=asked.max_model_len - 2, seed=asked.seed,
+                    medians=(asked.prompt_tokens, asked.answer_tokens))  # fmt: skip
+        found = head | soak.run(asked.seconds, asked.waiting)
         engine.close()
     held = found["kv_groups_in_use"] + found["kv_slots_active"] + len(soak.live)
     found["ok"] = not soak.errors and not found["lost_steps_total"] and not held

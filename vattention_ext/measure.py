@@ -69,9 +69,10 @@ def page_costs() -> dict[str, float]:
         kv.release(ahead)
         kv.reclaim(0)
         stats = kv.stats()
+        pages = 2 * (GROUPS // 2) * shape.pages_per_group  # one call may cover many
         for verb, calls in stats.driver_calls.items():
             if calls and verb not in ("reserve", "unreserve"):
-                out[f"{verb}_us"] = stats.driver_time_us[verb] / calls
+                out[f"{verb}_page_us"] = stats.driver_time_us[verb] / pages
     return out
 
 

@@ -68,14 +68,15 @@ class SlotStore:
         return frozenset(refused)
 
     def look_ahead(self, plan: StepPlan) -> None:
-        """A prompt's next chunk, taken to be as long as this one, and some tokens of decoding."""
-        self.allocator.look_ahead(
-            [(self._slot[chunk.seq_id], self._soon(chunk)) for chunk in plan.chunks if chunk.seq_id in self._slot]
-        )
+        """A prompt's next chunk, taken to be as long as this whole step (it may have begun in what another left of it),
+        and some tokens of decoding."""
+        tokens = sum(chunk.length for chunk in plan.chunks)
+        alive = [chunk for chunk in plan.chunks if chunk.seq_id in self._slot]
+        self.allocator.look_ahead([(self._slot[chunk.seq_id], self._soon(chunk, tokens)) for chunk in alive])
 
-    def _soon(self, chunk: Chunk) -> int:
+    def _soon(self, chunk: Chunk, next_tokens: int) -> int:
         """Tokens that the chunk's sequence may have a few steps later."""
-        end = max(chunk.end, min(self._known[chunk.seq_id], chunk.end + chunk.length))
+        end = max(chunk.end, min(self._known[chunk.seq_id], chunk.end + next_tokens))
         return min(end + AHEAD_TOKENS, self.geometry.max_tokens)
 
     def fence(self) -> None:

@@ -1,8 +1,9 @@
 """attention: each backend that fits this machine over slabs of the allocator, both layouts: time, bytes, operations.
 
 Decodes are held against bytes (keys and values read once) over the measured bandwidth, prompts and chunks against
-operations over the measured product rate. Layers take turns, so that caches do not help. A backend named NAME_paged,
-where one is registered, is set beside NAME_vattn. `torch_vattn` is the judge, and is measured only when it is named.
+operations over the measured product rate. Layers take turns, so that caches do not help. A paged backend reads the same
+work from blocks of a paged store, dealt out in random order; NAME_vattn is set beside NAME_paged, work by work and by
+the geometric mean. `torch_vattn` and `torch_paged` are the judges, and are measured only when they are named.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import itertools
+import math
 import re
+import statistics
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -28,11 +31,16 @@ if TYPE_CHECKING:
     import torch
 
     from engine.attention.base import AttentionBackend
+    from engine.kv.paged import PagedStore
     from engine.kv.slots import SlotStore
     from engine.loading.spec import ModelSpec
     from engine.runner.batch import Batch
+    from vattention_ext import KvGeometry
 
-JUDGE = "torch_vattn"
+JUDGES = ("torch_vattn", "torch_paged")
+TWINS = "vattn / paged"  # how many times faster
+OVER_ALL = "geometric mean"
+LINUX_PAGE_BYTES = 4096
 SHAPE = {"cpu": "smollm2-135m", "cuda": "llama3-8b"}
 LAYERS = {"cpu": 4, "cuda": 8}
 WORK = {
@@ -76,7 +84,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--work", default=None, help="decode:NxL, prefill:L, chunk:Q@L with commas [by device]")
     parser.add_argument("--layouts", default="mega,per_layer", help="of the slabs [mega,per_layer]")
-    parser.add_argument("--backends", default=None, help="names with commas [all that fit but the judge]")
+    parser.add_argument("--backends", default=None, help="names with commas [all that fit but the judges]")
+    parser.add_argument("--block-tokens", type=int, default=32,
+                        help="of a paged store, or the next number that its backend and the geometry take [32]")
     add_run_flags(parser, 3)
 
 
@@ -90,8 +100,10 @@ def run(args: argparse.Namespace, rest: Sequence[str]) -> int:
         raise ValueError(f"argument {rest[0]!r} is not expected")
     works = [parse_work(word) for word in split_names(args.work or WORK[args.device])]
     spec = _spec(args)
+    if args.block_tokens < 1:
+        raise ValueError(f"--block-tokens {args.block_tokens} must be at least 1")
     names = split_names(args.backends or "") or [
-        name for name in backends if name != JUDGE and not why_not(name, args.device, args.dtype, spec.head_dim)
+        name for name in backends if name not in JUDGES and not why_not(name, args.device, args.dtype, spec.head_dim)
     ]
     for name in names:
         choose_backend(name, args.device, args.dtype, spec.head_dim)
@@ -103,19 +115,28 @@ def run(args: argparse.Namespace, rest: Sequence[str]) -> int:
         import torch
 
         set_threads(report.environment["cores"], fastest_kernels(getattr(torch, args.dtype)))
-    for layout, work in itertools.product(split_names(args.layouts), works):
-        with slabs(spec, args, work, layout) as (store, batch, q):
-            for name in names:
+    by_store: dict[int, list[str]] = {}  # what its blocks are a multiple of, 0 for slabs -> backends
+    for name in names:
+        caps = backends[name].caps
+        by_store.setdefault(caps.block_multiple if caps.paged else 0, []).append(name)
+    for layout, work, (multiple, group) in itertools.product(split_names(args.layouts), works, by_store.items()):
+        memory = blocks(spec, args, work, layout, multiple) if multiple else slabs(spec, args, work, layout)
+        with memory as (store, batch, q):
+            for name in group:
                 try:
                     seconds = times(backends[name](spec), store, batch, q, args.device, args.runs)
                 except Exception as error:  # a kernel that does not fit this work; the others may
                     print(f"{work.name} {layout} {name}: {type(error).__name__}: {str(error).splitlines()[:1]}")
                     continue
-                report.records.append(record_of(work, f"{name} {layout}", seconds, spec, q.element_size(), device))
+                record = record_of(work, f"{name} {layout}", seconds, spec, q.element_size(), device)
+                if batch.paged is not None:
+                    record.details["block_tokens"] = batch.paged.block_tokens
+                report.records.append(record)
                 print(f"{work.name} {layout} {name}: {1e6 * min(seconds):,.1f} us", flush=True)
     if not report.records:
         raise NotProduced("no backend ran any of the work")
-    report.records += twins(report.records)
+    pairs = twins(report.records)
+    report.records += [*pairs, *over_all_work(pairs)]
     finish(report, args.json)
     return 0
 
@@ -136,12 +157,10 @@ def slabs(
     import torch
 
     from engine.kv.slots import SlotStore
-    from engine.runner.batch import Row, pack
-    from vattention_ext import KvAllocator, KvGeometry
+    from vattention_ext import KvAllocator
 
     dtype, device = getattr(torch, args.dtype), torch.device(args.device)
-    geometry = KvGeometry(spec.layers, spec.kv_heads, spec.head_dim, dtype.itemsize, work.kv_len, work.sequences,
-                          layout=layout)  # fmt: skip
+    geometry = _geometry(spec, dtype, work, layout)
     driver = "cuda" if args.device == "cuda" else "memfd"
     allocator = KvAllocator(geometry, driver=driver, pool_groups=work.sequences * geometry.groups_for(work.kv_len))
     store = SlotStore(geometry, allocator, dtype)
@@ -156,9 +175,7 @@ def slabs(
                 for slot in slots:
                     view[slot, : work.kv_len].copy_(
                         torch.randn(work.kv_len, spec.kv_heads, spec.head_dim, device=device).to(dtype))  # fmt: skip
-        rows = [Row(int(slot), work.kv_len - work.queries, [0] * work.queries, True)  # type: ignore[arg-type]
-                for slot in slots]  # fmt: skip
-        batch = pack(rows).to(device)
+        batch = _batch(work, [int(slot) for slot in slots]).to(device)  # type: ignore[arg-type]
         yield store, batch, torch.randn(batch.num_tokens, spec.heads, spec.head_dim, device=device).to(dtype)
     finally:
         if args.device == "cuda":
@@ -166,8 +183,61 @@ def slabs(
         store.close()
 
 
+@contextmanager
+def blocks(
+    spec: ModelSpec, args: argparse.Namespace, work: Work, layout: str, multiple: int
+) -> Iterator[tuple[PagedStore, Batch, torch.Tensor]]:
+    """As slabs(), in blocks of a multiple of `multiple` tokens, --block-tokens where that fits. The blocks lie in
+    random order, as they do in an engine that has run for a while."""
+    import torch
+
+    from engine.kv.paged import PagedStore
+
+    dtype, device = getattr(torch, args.dtype), torch.device(args.device)
+    geometry = _geometry(spec, dtype, work, layout)
+    tokens = block_tokens(args.block_tokens, geometry.token_bytes, multiple)
+    geometry = dataclasses.replace(geometry, page_bytes=tokens * geometry.token_bytes)
+    pool = work.sequences * geometry.groups_for(work.kv_len)
+    store = PagedStore(geometry, pool, dtype, device)
+    torch.manual_seed(0)
+    try:
+        slots = [store.borrow(work.kv_len) for _ in range(work.sequences)]
+        store.host_table[:] = torch.randperm(pool, dtype=torch.int32).numpy()[store.host_table]
+        store.table.copy_(torch.from_numpy(store.host_table))
+        for layer in range(spec.layers):
+            for view in store.layer_views(layer):
+                for block in view.split(max(1, 1024 // tokens)):
+                    block.copy_(torch.randn(block.shape, device=device).to(dtype))
+        batch = store.place(_batch(work, slots).to(device))
+        yield store, batch, torch.randn(batch.num_tokens, spec.heads, spec.head_dim, device=device).to(dtype)
+    finally:
+        store.close()
+        if args.device == "cuda":
+            torch.cuda.empty_cache()  # the next slabs take their memory from the driver
+
+
+def block_tokens(least: int, token_bytes: int, multiple: int) -> int:
+    """Tokens of a block: at least `least`, a multiple of `multiple`, and whole Linux pages, which geometries count."""
+    step = math.lcm(multiple, LINUX_PAGE_BYTES // math.gcd(LINUX_PAGE_BYTES, token_bytes))
+    return -(-least // step) * step
+
+
+def _geometry(spec: ModelSpec, dtype: torch.dtype, work: Work, layout: str) -> KvGeometry:
+    from vattention_ext import KvGeometry
+
+    return KvGeometry(spec.layers, spec.kv_heads, spec.head_dim, dtype.itemsize, work.kv_len, work.sequences,
+                      layout=layout)  # fmt: skip
+
+
+def _batch(work: Work, slots: Sequence[int]) -> Batch:
+    """The work's last queries of each slot, on the host."""
+    from engine.runner.batch import Row, pack
+
+    return pack([Row(slot, work.kv_len - work.queries, [0] * work.queries, True) for slot in slots])
+
+
 def times(
-    backend: AttentionBackend, store: SlotStore, batch: Batch, q: torch.Tensor, device: str, runs: int
+    backend: AttentionBackend, store: SlotStore | PagedStore, batch: Batch, q: torch.Tensor, device: str, runs: int
 ) -> list[float]:
     """Seconds of one call, `runs` times, layers in turn."""
     views = [store.layer_views(layer) for layer in range(store.geometry.layers)]
@@ -222,5 +292,19 @@ def twins(records: Sequence[Record]) -> list[Record]:
         theirs = runs.get((workload, variant.replace("_vattn", "_paged")))
         if "_vattn" in variant and theirs is not None:
             ratios = tuple(b / a for a, b in zip(ours, theirs, strict=True))
-            found.append(Record(workload, (Figure("vattn / paged", "x", ratios, True),), variant))
+            found.append(Record(workload, (Figure(TWINS, "x", ratios, True),), variant))
+    return found
+
+
+def over_all_work(pairs: Sequence[Record]) -> list[Record]:
+    """Of twins' records: for each pair and layout the geometric mean over its work, run by run."""
+    by_variant: dict[str, list[Record]] = {}
+    for pair in pairs:
+        by_variant.setdefault(pair.variant, []).append(pair)
+    found = []
+    for variant, records in by_variant.items():
+        runs = zip(*(record.figures[0].runs for record in records), strict=True)
+        means = tuple(statistics.geometric_mean(ratios) for ratios in runs)
+        details = {"work": [record.workload for record in records]}
+        found.append(Record(OVER_ALL, (Figure(TWINS, "x", means, True),), variant, details))
     return found

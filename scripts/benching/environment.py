@@ -7,6 +7,7 @@ import os
 import platform
 import shlex
 import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -58,3 +59,9 @@ def environment(script: str, argv: Sequence[str]) -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": versions(),
     }
+
+
+def heading(script: str, workload: str, argv: Sequence[str] | None) -> dict[str, Any]:
+    """How a file of results begins that is no Report. workload: what is run, in short; argv: None = this process's."""
+    where = environment(script, sys.argv[1:] if argv is None else argv)
+    return {"workload": workload, "command": where["command_line"], "commit": where["commit"], "environment": where}

@@ -73,8 +73,8 @@ def verbs(geometry: KvGeometry, engine: Opened, pages: int, runs: int) -> Record
             kv.release(slot)
             kv.reclaim(0)
             stats = kv.stats()
-            for name in VERBS:
-                found[name].append(stats.driver_time_us[name] / max(1, stats.driver_calls[name]))
+            for name in VERBS:  # a call may be of many pages
+                found[name].append(stats.driver_time_us[name] / (groups * geometry.pages_per_group))
     clear_us = 1e6 * geometry.page_bytes / engine.device.bytes_s
     figures = tuple(
         Figure(name, "us/page", tuple(values), False, clear_us if name == "grow" else None)

@@ -78,13 +78,29 @@ def test_the_mapper_looks_as_far_as_the_schedule_is_known(chunk: Chunk, reach: i
     store.close()
 
 
-def settled(allocator: KvAllocator) -> int:
-    """Tokens mapped in slot 0 once the mapper is through."""
+def test_a_prompt_that_began_in_the_rest_of_a_step_is_mapped_for_a_whole_one() -> None:
+    """Another's last 180 tokens and its first 20: its next chunk may be of 200."""
+    geometry = KvGeometry(layers=2, kv_heads=2, head_dim=16, element_bytes=4, max_tokens=600, slots=2, page_bytes=4096)
+    allocator = KvAllocator(geometry, pool_groups=2 * geometry.groups_per_slot)
+    store = SlotStore(geometry, allocator, torch.float32)
+    admissions = tuple(Admission(i, 0, tuple(range(500)), 0, SamplingParams()) for i in (1, 2))
+    plan = StepPlan(0, (Chunk(2, 0, 0, 20, False), Chunk(1, 0, 0, 180, False)), admissions)
+    assert not store.apply(plan)
+    store.look_ahead(plan)
+    assert settled(allocator, store.slot_of(2)) >= 220
+    grown_us = allocator.stats().grow_us
+    assert not store.apply(StepPlan(1, (Chunk(2, 0, 20, 200, False),)))
+    assert allocator.stats().grow_us == grown_us, "nothing was left to grow"
+    store.close()
+
+
+def settled(allocator: KvAllocator, slot: int = 0) -> int:
+    """Tokens mapped in a slot once the mapper is through."""
     deadline = time.perf_counter() + 20
     while allocator.stats().queued_jobs:
         assert time.perf_counter() < deadline
         time.sleep(0.001)
-    return allocator.mapped_tokens(0)
+    return allocator.mapped_tokens(slot)
 
 
 @pytest.mark.parametrize("layout", ["mega", "per_layer"])

@@ -7,9 +7,12 @@ past; each test ends by asking for what it remembers.
 from __future__ import annotations
 
 import ctypes
+import json
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -451,6 +454,25 @@ def test_the_gpu_script_passes_on_the_fake(fake: FakeCuda, bench: Any) -> None:
     from scripts.gpu_allocator_checks import check_model
 
     assert check_model(bench)["operations"] > 200 and fake.violations() == []
+
+
+def test_the_gpu_script_writes_what_the_sanitizer_said(
+    fake: FakeCuda, bench: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The file names workload, command and commit beside it."""
+    from scripts import gpu_allocator
+
+    file = tmp_path / "new" / "sanitize.json"
+    argv = ["--sanitize", "--libcuda", str(fake.path), "--json", str(file)]
+    monkeypatch.setattr(sys, "argv", ["gpu_allocator", *argv])
+    monkeypatch.setattr(gpu_allocator, "Bench", lambda *settings: bench)
+    monkeypatch.setattr(gpu_allocator, "sanitizer", lambda: None)
+    monkeypatch.setenv("TESSERA_COMMIT", "0123abc")
+    assert gpu_allocator.main() == 0
+    found = json.loads(file.read_text())
+    assert found["sanitizer"] == {"ran": False, "why": "compute-sanitizer is not installed"}
+    assert found["workload"].startswith("allocator: ") and found["commit"] == "0123abc"
+    assert found["command"] == " ".join(["python -m scripts.gpu_allocator", *argv])
 
 
 def test_the_forced_race_passes_on_the_fake(fake: FakeCuda, bench: Any) -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 import engine
+from engine.attention.base import backends
 from engine.core.loop import EngineLoop
 from engine.serve.cli import dispatch
 from scripts import bench
@@ -18,6 +22,7 @@ from scripts.benching.ceilings import Device
 from scripts.benching.drive import NotProduced
 from scripts.benching.workloads import Item, Workload, find
 from tests.core.fakes import VOCAB, FakeExecutor, make_loop, make_scheduler
+from vattention_ext import KvAllocator, KvGeometry
 
 TINY = ["--shape", "tiny", "--dtype", "float32", "--max-num-seqs", "8", "--kv-pool-bytes", "64MiB", "--kv-page-bytes",
         "65536"]  # fmt: skip
@@ -77,16 +82,76 @@ def test_serve_in_process_and_over_http_count_the_same_tokens(capsys: pytest.Cap
 
 
 def test_attention_and_mapping(capsys: pytest.CaptureFixture[str]) -> None:
-    """Every fitting backend in both layouts; a page's verbs; stalls with and without looking ahead."""
-    rows = figures_of(capsys, "attention", "--shape", "tiny", "--dtype", "float32", "--layers", "2", "--runs", "1",
-                      "--work", "decode:2x64,chunk:8@64", "--backends", "torch_vattn")  # fmt: skip
-    assert [(row["workload"], row["variant"]) for row in rows] == [
-        (work, f"torch_vattn {layout}") for layout in ("mega", "per_layer") for work in ("decode:2x64", "chunk:8@64")]
+    """Twins in both layouts, work by work and over all; a page's verbs; stalls with and without looking ahead."""
+    rows = figures_of(capsys, "attention", "--shape", "tiny", "--dtype", "float32", "--layers", "2", "--runs", "2",
+                      "--work", "decode:2x64,chunk:8@64", "--backends", "torch_vattn,torch_paged")  # fmt: skip
+    works, layouts = ("decode:2x64", "chunk:8@64"), ("mega", "per_layer")
+    kept = {(row["workload"], row["variant"], row["figures"][0]["name"]): row["figures"][0]["runs"] for row in rows}
+    assert list(kept) == [
+        *((work, f"{name} {layout}", "time") for layout in layouts for work in works for name in attention.JUDGES),
+        *((work, f"torch_vattn {layout}", "vattn / paged") for layout in layouts for work in works),
+        *(("geometric mean", f"torch_vattn {layout}", "vattn / paged") for layout in layouts)]
+    for layout in layouts:
+        slabs, blocks = ([kept[work, f"{name} {layout}", "time"] for work in works] for name in attention.JUDGES)
+        ratios = [[b / a for a, b in zip(*pair, strict=True)] for pair in zip(slabs, blocks, strict=True)]
+        assert [kept[work, f"torch_vattn {layout}", "vattn / paged"] for work in works] == ratios
+        assert kept["geometric mean", f"torch_vattn {layout}", "vattn / paged"] == pytest.approx(
+            [(one * other) ** 0.5 for one, other in zip(*ratios, strict=True)])
     rows = figures_of(capsys, "mapping", *TINY, "--pages", "8", "--workload", "4x100+4", "--chunk-size", "64")
     assert rows[0]["variant"] == "memfd" and medians(rows[0])["create"] > 0
     assert [row["variant"] for row in rows[1:]] == [
         f"{kind}, look-ahead {ahead}" for ahead in ("on", "off") for kind in mapping.KINDS]
     assert all(0 <= medians(row)["stall_p50"] <= medians(row)["stall_max"] for row in rows[1:])
+
+
+@pytest.mark.parametrize("layout", ["mega", "per_layer"])
+def test_blocks_hold_the_same_work_as_slabs(layout: str) -> None:
+    """Keys and values copied from slabs into the shuffled blocks give the slabs' answer."""
+    parser = argparse.ArgumentParser()
+    attention.add_flags(parser)
+    args = parser.parse_args(["--shape", "tiny", "--dtype", "float32", "--layers", "2", "--block-tokens", "16"])
+    spec, work = attention._spec(args), attention.parse_work("decode:3x300")
+    with attention.slabs(spec, args, work, layout) as (slots, batch, q), \
+            attention.blocks(spec, args, work, layout, 1) as (paged, placed, _):
+        assert placed.paged is not None and placed.paged.block_tokens < 300  # a sequence has several
+        assert sorted(set(paged.host_table.flatten())) == list(range(paged.host_table.size))
+        k, v = slots.layer_views(1)
+        theirs = paged.layer_views(1)
+        for slot, row in zip(batch.slots.tolist(), placed.slots.tolist(), strict=True):
+            for number, block in enumerate(paged.host_table[row].tolist()):
+                first = number * paged.block_tokens
+                count = min(paged.block_tokens, work.kv_len - first)
+                for ours, view in zip((k, v), theirs, strict=True):
+                    view[block, :count] = ours[slot, first : first + count]
+        want = backends["torch_vattn"](spec).attend(q, k, v, batch)
+        found = backends["torch_paged"](spec).attend(q, *theirs, placed)
+        assert torch.equal(found, want)
+
+
+@pytest.mark.parametrize(("least", "token_bytes", "multiple", "tokens"),
+                         [(32, 65536, 1, 32), (32, 16384, 256, 256), (1, 64, 1, 64), (65, 64, 1, 128),
+                          (16, 96, 1, 128), (3, 4096, 1, 3)])  # fmt: skip
+def test_blocks_are_whole_pages(least: int, token_bytes: int, multiple: int, tokens: int) -> None:
+    """The smallest size from `least` on that backend and geometry take."""
+    assert attention.block_tokens(least, token_bytes, multiple) == tokens
+
+
+def test_a_verb_is_counted_by_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One call may map many pages; its time is all of theirs."""
+    geometry, kept = KvGeometry(2, 2, 16, 4, 4096, 2, page_bytes=65536), []
+
+    class Watched(KvAllocator):
+        def stats(self) -> Any:
+            kept.append(super().stats())
+            return kept[-1]
+
+    monkeypatch.setattr(mapping, "KvAllocator", Watched)
+    opened: Any = SimpleNamespace(config=SimpleNamespace(kv_driver="memfd"), device=Device("cpu", 1e10, 1e11))
+    record = mapping.verbs(geometry, opened, 16, 1)
+    (stats,), pages = kept, record.details["pages"]
+    assert pages == 16 and any(0 < stats.driver_calls[name] < pages for name in mapping.VERBS)
+    for figure in record.figures[1:]:
+        assert figure.unit == "us/page" and figure.runs == (stats.driver_time_us[figure.name] / pages,)
 
 
 @pytest.mark.slow
