@@ -12,7 +12,8 @@ from engine.core.record import StepRecord
 
 
 class Flight:
-    """plan, and the counts of its draft (see StepRecord); unsampled: its prefill chunks without an answer."""
+    """plan, and the counts of its draft (see StepRecord); unsampled: its prefill chunks without an answer. whole: all
+    of it ran, so that its time says something."""
 
     __slots__ = (
         "plan",
@@ -24,11 +25,13 @@ class Flight:
         "total_groups",
         "unsampled",
         "waiting",
+        "whole",
     )
 
     def __init__(self, plan: StepPlan, draft: StepDraft) -> None:
         self.plan = plan
         self.planned_s = draft.now_s
+        self.whole = True
         self.unsampled = draft.unsampled
         self.prefills = draft.num_prefills
         self.prefill_tokens = draft.num_tokens - (draft.num_chunks - draft.num_prefills)

@@ -157,7 +157,8 @@ class Scheduler:
         if self._pace is not None and self._ended is not None:
             ended, self._ended = self._ended, None
             # it began when it was planned, or when the step before it ended
-            self._pace.observe(load_of(ended.plan.chunks), now_s - max(ended.planned_s, self._end_s))
+            if ended.whole:
+                self._pace.observe(load_of(ended.plan.chunks), now_s - max(ended.planned_s, self._end_s))
             self._end_s = now_s
         queues = self.queues
         draft = self.draft_class(
@@ -217,6 +218,7 @@ class Scheduler:
         plan = flight.plan
         self._batches -= bool(plan.chunks)
         updates, self._updates = self._updates, []
+        flight.whole = not result.refused
         if result.refused:
             self._take_refusals(plan, result.refused, updates)
         elif plan.chunks:

@@ -13,7 +13,7 @@ from engine.core.config import EngineConfig
 from engine.core.errors import ConfigError
 from engine.core.ledger import ADMISSION_RULES, KvLedger
 from engine.core.load import Load
-from engine.core.plan import StepResult
+from engine.core.plan import SampledToken, StepResult
 from engine.core.policies import ChunkSchedule, Pace, make_policy
 from engine.core.policies._pace import STEP_TOKENS
 from engine.core.policies._step_time import StepTime
@@ -185,3 +185,24 @@ def test_the_shortest_is_sought_among_the_first_who_wait() -> None:
         scheduler.add(make_request(f"r{i}", {CONSIDERED - 1: 8, CONSIDERED: 2}.get(i, 60)))
     chunks = scheduler.plan(0.0).chunks
     assert [(chunk.seq_id, chunk.length) for chunk in chunks] == [(CONSIDERED - 1, 8), (0, 8)]
+
+
+def test_a_step_that_did_not_run_whole_teaches_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of its two prompts was refused memory; the time of the next step still counts from that one's end."""
+    pace, learnt = Pace(0.02, 0.03), list[tuple[Load, float]]()
+    monkeypatch.setattr(Pace, "observe", lambda self, load, seconds: learnt.append((load, seconds)))
+    ledger = KvLedger(64, lambda tokens: -(-tokens // 16), ADMISSION_RULES["exact"])
+    policy = make_policy("sarathi", max_model_len=256, chunk_tokens=40, pace=pace)
+    scheduler = Scheduler(policy, ledger, max_num_seqs=8, max_model_len=256, pace=pace)
+    for name in ("a", "b"):
+        scheduler.add(make_request(name, 20, 8))
+    for now_s, refuse in ((1.0, True), (2.0, False), (2.5, False)):
+        plan = scheduler.plan(now_s)
+        samples = [chunk for chunk in plan.chunks if chunk.samples]
+        kept = samples[:-1] if refuse else samples
+        refused = tuple(chunk.seq_id for chunk in samples if chunk not in kept)
+        tokens = tuple(SampledToken(chunk.seq_id, chunk.epoch, 7) for chunk in kept)
+        scheduler.commit(StepResult(plan.step_id, tokens, refused, ()))
+    scheduler.plan(3.0)
+    assert [seconds for _, seconds in learnt] == [pytest.approx(0.5), pytest.approx(0.5)]
+    assert [load.tokens for load, _ in learnt] == [1, 1]  # not the 40 of which 20 ran; who was refused waits
