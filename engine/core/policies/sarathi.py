@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from engine.core.draft import StepDraft
 from engine.core.errors import ConfigError
-from engine.core.policies import DEFAULT_CHUNK_TOKENS, PolicyOptions, policies
+from engine.core.load import Load
+from engine.core.policies import DEFAULT_CHUNK_TOKENS, Pace, PolicyOptions, policies
 from engine.core.policies._deadline import Deadline
 from engine.core.policies._order import PromptOrder, Shortest
 from engine.core.sequence import Sequence, Status
@@ -43,7 +44,9 @@ class Sarathi:
         if self.order is not None:
             self._fill_in_order(draft, partial, self.order)
             return
-        reach = self._reach(draft, partial, partial)
+        reach = self.chunk_tokens
+        if self.pace is not None:
+            reach = self._reach(draft, draft.load(), self.pace, partial, partial)
         starved = False
         bound = self.chunk_tokens
         for sequence in partial:
@@ -61,10 +64,14 @@ class Sarathi:
 
     def _fill_in_order(self, draft: StepDraft, partial: list[Sequence], order: PromptOrder) -> None:
         """The step's tokens go to prompts, new or in progress, in this order."""
-        cost = None if self.pace is None else self.pace.prompt_cost(draft.load(), self.chunk_tokens)
-        room_tokens = self.chunk_tokens - draft.num_tokens
-        prompts = order.line([*partial, *draft.arrived(CONSIDERED)], draft.now_s, cost, room_tokens)
-        reach = self._reach(draft, partial, prompts)
+        prompts, room_tokens = [*partial, *draft.arrived(CONSIDERED)], self.chunk_tokens - draft.num_tokens
+        if self.pace is None:
+            prompts, reach = order.line(prompts, draft.now_s, None, room_tokens), self.chunk_tokens
+        else:
+            decodes = draft.load()
+            cost = self.pace.prompt_cost(decodes, self.chunk_tokens)
+            prompts = order.line(prompts, draft.now_s, cost, room_tokens)
+            reach = self._reach(draft, decodes, self.pace, partial, prompts)
         for sequence in partial:
             draft.keep(sequence)
         full = False
@@ -79,14 +86,16 @@ class Sarathi:
                 if not full and not sequence.epoch:
                     order.started()
 
-    def _reach(self, draft: StepDraft, partial: list[Sequence], prompts: list[Sequence]) -> int:
+    def _reach(
+        self, draft: StepDraft, decodes: Load, pace: Pace, partial: list[Sequence], prompts: list[Sequence]
+    ) -> int:
         """Tokens of this step at most, its decodes being in. Without decodes nobody waits for it to be short. prompts:
         as they are to be run, the first of them at least, if it is in progress."""
-        if self.pace is None or not draft.num_tokens:
+        if not draft.num_tokens:
             return self.chunk_tokens
         backlog = sum(sequence.left for sequence in partial) + draft.queues.waiting.tokens
         context = prompts[0].computed if prompts else 0
-        return self.pace.reach(draft.load(), context, backlog, self.chunk_tokens)
+        return pace.reach(decodes, context, backlog, self.chunk_tokens)
 
     def _size(self, sequence: Sequence, reach: int) -> int:
         """Tokens that a step may reach while it runs this prompt."""
