@@ -21,7 +21,6 @@ endif
 NATIVE := $(wildcard $(addprefix vattention_ext/csrc/*,.cpp .hpp .ipp) $(addprefix kernels/cpu/*,.cpp .hpp .ipp))
 INSTALL := scripts/install.py requirements/versions.toml setup.py pyproject.toml
 CPU_TESTS := $(shell grep -v '^\#' tests/manifests/cpu.txt)
-GPU_TESTS := $(shell grep -v '^\#' tests/manifests/gpu.txt)
 SHARD ?= 1/1
 
 .PHONY: help serve test test-full test-gpu check sanitize environment docs wheel clean
@@ -39,7 +38,7 @@ test-full: check ## make test with the slow tests
 	CUDA_VISIBLE_DEVICES= $(PY) -m pytest --timeout 1800 $(CPU_TESTS) $(ARGS)
 
 test-gpu: $(STATE)/.ready-test-gpu ## the tests that need a GPU, skipped without one; SHARD=1/4 runs a quarter
-	$(PY) -m pytest -p no:cacheprovider --timeout 240 --shard $(SHARD) --budget-s 450 $(GPU_TESTS) $(ARGS)
+	$(PY) -m scripts.gpu_tests --shard $(SHARD) -- $(ARGS)
 
 check: $(STATE)/.ready-test ## ruff, mypy, manifests, import floors, lints, links
 	$(PY) -m scripts.check

@@ -19,7 +19,7 @@ from vattention_ext import KvAllocator, KvGeometry
 
 LONG_TOKENS, LONG_CHUNK = 131_072, 512
 # K and V of Llama-3-8B's heads in 24 layers and 2 slots: a slot has 3.2e9 elements, so both its base and places in it
-# lie beyond 2^31; of 32 layers a slot would be longer than FlashInfer's 32-bit strides
+# lie beyond 2^31
 LONG_LAYERS, LONG_SLOTS = 24, 2
 LONG_BYTES = 40 << 30  # of free memory: 26 GB of slabs and the reference's blocks
 

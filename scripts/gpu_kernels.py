@@ -1,7 +1,7 @@
 """Check and time the GPU's kernels: `python -m scripts.gpu_kernels [--sections check,decode,...] [--json PATH]`.
 
 Sections: check (every operation against float64), rows, decode, prefill, gemv, gemm, layer; of the vendor's products
-library and search (scripts/gpu_library.py) and sustained (scripts/gpu_power.py); of whole backends
+products, library and search (scripts/gpu_library.py) and sustained (scripts/gpu_power.py); of whole backends
 (scripts/gpu_phases.py) phases, paged, sample; scx (encoded layers). Each variant of a kernel is timed in a CUDA graph
 over rotating buffers; the table prints its speed, its share of the measured ceiling and the library beside it. The
 settings that win go into the JSON file; as kernels/tuning/<device>.json the kernels use them. A variant that fails is
@@ -334,7 +334,7 @@ def section_of(file: str, which: str) -> Callable[[Session], None]:
 
 SECTIONS: dict[str, Callable[[Session], None]] = {
     "check": section_check, "rows": section_rows, "decode": section_decode, "prefill": section_prefill,
-    **{name: section_of("gpu_library", name) for name in ("library", "search")},
+    **{name: section_of("gpu_library", name) for name in ("products", "library", "search")},
     "sustained": section_of("gpu_power", "sustained"),
     "gemv": section_gemv, "gemm": section_gemm, "layer": section_layer,
     **{name: section_of("gpu_phases", name) for name in ("phases", "paged", "sample")},

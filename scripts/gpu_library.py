@@ -22,6 +22,7 @@ from engine.runner.pieces import piece_sizes
 from scripts.gpu_timing import Call, graph_us, show
 from scripts.gpu_variants import PRODUCTS, weights_of
 from tessera_kernels import cublaslt
+from tessera_kernels.triton_silu_mul import silu_mul
 
 if TYPE_CHECKING:
     from scripts.gpu_trial import Session
@@ -78,6 +79,46 @@ def library(s: Session) -> None:
               f"{len(gains)} sizes; at most {max(gains):.2f})", flush=True)  # fmt: skip
     s.report.settings["library"] = {"version": cublaslt.version(), "ranks": ranks}
     cublaslt.forget_table()
+
+
+SHOWN_ROWS = (1, 8, 32, 64, 128, 256, 512, 2048, 8192)
+
+
+def products(s: Session) -> None:
+    """Each product as the engine runs it, with the norm, SiLU or sum that its kernel takes along, beside PyTorch's call
+    of cuBLAS with what it leaves to other kernels; nothing is chosen here."""
+    from engine.parts.cuda_kernels import CudaKernels
+
+    kernels = CudaKernels()
+    for name, (out, width, gated) in PRODUCTS.items():
+        rows = out * 2 if gated else out
+        weights = weights_of(s, name)
+        linears: list[Callable[..., torch.Tensor]] = [
+            kernels.gated_linear(w[:out], w[out:]) if gated else kernels.linear(w, wide=name == "head") for w in weights
+        ]
+        for m in SHOWN_ROWS:
+            if name == "head" and m > 512:
+                continue
+            x, onto = s.normal(m, width), s.normal(m, out)
+            added: dict[str, Any] = {"add_to": onto} if name in ("o", "down") else {}
+
+            def ours(i: int, x=x, linears=linears, added=added) -> object:
+                return linears[i](x, **added)
+
+            def theirs(i: int, x=x, w=weights, onto=onto, name=name, gated=gated) -> object:
+                if name in ("o", "down"):
+                    return onto.addmm_(x, w[i].t(), beta=0.5)
+                if name == "head":
+                    return torch.mm(x, w[i].t(), out_dtype=torch.float32)
+                return silu_mul(F.linear(x, w[i])) if gated else F.linear(x, w[i])
+
+            s.compile([partial(ours, 0), partial(theirs, 0)])
+            numbers: dict[str, Any] = {"nbytes": weights[0].numel() * 2 + m * (width + rows) * 2,
+                                       "flops": 2.0 * m * rows * width, "calls": 8}  # fmt: skip
+            s.time("products", f"{name} M={m}", "the engine's", ours, len(weights), **numbers)
+            s.time("products", f"{name} M={m}", "* PyTorch's cuBLAS", theirs, len(weights), **numbers)
+            s.show_best("products", f"{name} M={m}")
+        del weights, linears
 
 
 SEARCHED = (128, 192, 256, 320, 512, 640, 768, 896, 1024, 1152, 1280, 1536, 2048)

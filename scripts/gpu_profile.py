@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -19,6 +20,7 @@ from engine.build import build_engine
 from engine.core.config import EngineConfig
 from engine.core.loop import EngineLoop
 from engine.core.request import Request, SamplingParams
+from scripts.benching.environment import heading
 from scripts.benching.shapes import write_folder
 from scripts.gpu_steps import kernels_of, show_kernels
 
@@ -47,15 +49,15 @@ def idle(engine: EngineLoop, sequences: int, steps: int = 40) -> dict[str, Any]:
     return {"ms_per_step": round(seconds / steps * 1e3, 3), **kernels_of(seen, steps)}
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Build, profile, write after each number of sequences."""
     parser = argparse.ArgumentParser(prog="scripts.gpu_profile", description=__doc__)
     parser.add_argument("--sequences", default="1,64,256")
     parser.add_argument("--attention-backend", default="auto")
     parser.add_argument("--enforce-eager", action="store_true")
     parser.add_argument("--json", type=Path, default=None)
-    args = parser.parse_args()
-    record: dict[str, Any] = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}
+    args = parser.parse_args(arguments)
+    record: dict[str, Any] = heading("gpu_profile", f"decode steps of {args.sequences} sequences", arguments)
     with tempfile.TemporaryDirectory() as scratch:
         folder = write_folder("llama3-8b", Path(scratch))
         start = perf_counter()

@@ -107,6 +107,14 @@ class Soak:
                 "free_mib": free, **{key: stats[key] for key in kept}}  # fmt: skip
 
 
+def take_all_but(leave_bytes: int | None) -> torch.Tensor | None:
+    """Hold the GPU's memory but for so many bytes; nothing when no more than that is free."""
+    if leave_bytes is None:
+        return None
+    surplus_bytes = torch.cuda.mem_get_info()[0] - leave_bytes
+    return torch.empty(surplus_bytes, dtype=torch.uint8, device="cuda") if surplus_bytes > 0 else None
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status 1 when anything failed or is held."""
     parser = argparse.ArgumentParser(prog="scripts.gpu_soak", description=__doc__)
@@ -124,9 +132,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--waiting", type=int, default=64, help="requests in line at any time")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, default=None)
+    parser.add_argument("--leave-bytes", type=int, default=None,
+                        help="take the GPU's memory before, all but so much, so that the rest is full within seconds")
     asked = parser.parse_args(arguments)
+    taken = take_all_but(asked.leave_bytes)
     workload = f"soak: {asked.model or asked.shape}, {asked.seconds:.0f} s, {asked.waiting} in line, seed {asked.seed}"
-    head = heading("gpu_soak", workload, arguments)
+    head = heading("gpu_soak", workload, arguments) | {"taken_before_bytes": taken.nbytes if taken is not None else 0}
     with tempfile.TemporaryDirectory() as scratch:
         model = asked.model
         if model is None:

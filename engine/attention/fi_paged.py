@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from engine.attention.base import Caps, backends, placed
-from engine.attention.fi_vattn import FlashInferRuns, Pages, flashinfer_missing
+from engine.attention.fi_vattn import FlashInferRuns, Pages, filled, flashinfer_missing
 from engine.core.errors import InvariantError
 from engine.loading.spec import ModelSpec
 from engine.runner.batch import Batch
@@ -33,12 +33,8 @@ class FiPaged:
         """The blocks of each sequence, one after the other. batch: on the host."""
         assert self._table is not None
         table, block_tokens = self._table
-        lengths: np.ndarray = batch.kv_lens.numpy()
-        counts: np.ndarray = -(-lengths // block_tokens)
-        indptr: np.ndarray = np.zeros(len(lengths) + 1, dtype=np.int32)
-        np.cumsum(counts, out=indptr[1:])
+        counts, indptr, last_len = filled(batch.kv_lens.numpy(), block_tokens)
         blocks = [table[slot, :count] for slot, count in zip(batch.slots.tolist(), counts.tolist(), strict=True)]
-        last_len = (lengths - (counts - 1) * block_tokens).astype(np.int32)
         return Pages(indptr, np.concatenate(blocks), last_len)
 
     def attend(

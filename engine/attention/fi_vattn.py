@@ -1,14 +1,16 @@
-"""Attention over slabs by FlashInfer's paged kernels: a whole slot is one page, so its table has one entry a sequence.
+"""Attention over slabs by FlashInfer's paged kernels: a slot is cut into pages where it lies, its table is arithmetic.
 
-FlashInfer takes any strides of a page, of tokens and of heads. Its FA2 templates load a key or value only where its
-index is below the sequence's length (read in include/flashinfer/attention/prefill.cuh of 0.6.14: predicated 16-byte
-copies), so nothing past it need be mapped; its FA3 templates copy whole tiles and are not used. Each step is planned on
-the host, from lengths, so a decode graph cannot replay it.
+FlashInfer takes any strides of a page, of tokens and of heads, pages that overlap too. It splits a sequence between
+blocks of the GPU only where a page begins, so a slot that were one page would never be split. Its FA2 templates load a
+key or value only where its index is below the sequence's length (read in include/flashinfer/attention/prefill.cuh of
+0.6.14: predicated 16-byte copies), so nothing past it need be mapped; its FA3 templates copy whole tiles and are not
+used. Each step is planned on the host, from lengths, so a decode graph cannot replay it.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import math
 import shutil
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -18,12 +20,13 @@ import torch
 
 from engine.attention.base import Caps, backends, placed
 from engine.attention.triton_vattn import cuda_missing
-from engine.core.errors import ConfigError, InvariantError
+from engine.core.errors import InvariantError
 from engine.loading.spec import ModelSpec
-from engine.runner.batch import Batch
+from engine.runner.batch import Batch, Paged
 
 _WORKSPACE_BYTES = 128 << 20  # what FlashInfer's documentation recommends
-_MOST_STRIDE = (1 << 32) - 1  # elements: its kernels keep strides as unsigned 32-bit numbers
+_MOST_ROWS = 128  # queries times heads of a group that a block of its kernels takes
+_PAGE_TOKENS = 128  # its shortest part of a sequence
 
 
 class Pages(NamedTuple):
@@ -34,10 +37,35 @@ class Pages(NamedTuple):
     last_len: np.ndarray
 
 
-def slots_as_pages(batch: Batch) -> Pages:
-    """Each sequence is one page: its slot, filled to its length. batch: on the host."""
-    slots: np.ndarray = batch.slots.numpy()
-    return Pages(np.arange(len(slots) + 1, dtype=np.int32), slots, batch.kv_lens.numpy())
+def filled(lengths: np.ndarray, tokens: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(pages of `tokens` tokens that each sequence fills, Pages.indptr, Pages.last_len)."""
+    counts: np.ndarray = -(-lengths // tokens)
+    indptr: np.ndarray = np.zeros(len(lengths) + 1, dtype=np.int32)
+    np.cumsum(counts, out=indptr[1:])
+    return counts, indptr, (lengths - (counts - 1) * tokens).astype(np.int32)
+
+
+class Cut(NamedTuple):
+    """Slots as pages of `tokens` tokens, one every `unit` elements: page m of slot s is number s * slot + m * page."""
+
+    tokens: int
+    unit: int
+    slot: int
+    page: int
+
+    @classmethod
+    def of(cls, slots: torch.Tensor) -> Cut:
+        """slots: (S, C, G, D). FlashInfer keeps a page's stride in 32 bits, which a unit fits and a slot may not."""
+        tokens = min(_PAGE_TOKENS, slots.shape[1])
+        slot, page = slots.stride(0), tokens * slots.stride(1)
+        unit = math.gcd(slot, page)
+        return cls(tokens, unit, slot // unit, page // unit)
+
+    def pages(self, slots: torch.Tensor) -> torch.Tensor:
+        """The view; a last page that its slot holds in part may lie beyond it."""
+        count, room, *rest = slots.shape
+        last = (count - 1) * slots.stride(0) + (room - self.tokens) * slots.stride(1)
+        return slots.as_strided((last // self.unit + 1, self.tokens, *rest), (self.unit, *slots.stride()[1:]))
 
 
 def flashinfer_missing() -> str | None:
@@ -63,22 +91,21 @@ class FlashInferRuns:
         self._spec, self._pages_of, self._scale = spec, pages_of, spec.head_dim**-0.5
         self._workspace: torch.Tensor | None = None
         self._wrappers: dict[tuple[str, int], Any] = {}  # (phase, window): each keeps its own plan
-        self._step: Batch | None = None
-        self._halves: tuple[Batch, Batch] | None = None
+        self._copied: dict[tuple[str, int], torch.cuda.Event] = {}  # its plan has left the host
+        self._step: tuple[Batch | None, Paged | None] = None, None
+        self._halves: tuple[Batch, Batch] | None = None  # on the host
         self._planned: set[tuple[str, int]] = set()
 
     def attend(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: Batch, window: int
     ) -> torch.Tensor:
         """As AttentionBackend.attend; k, v: (pages, tokens of a page, G, D)."""
-        if k.stride(0) > _MOST_STRIDE:
-            raise ConfigError(
-                f"a slot of {k.stride(0)} elements is beyond FlashInfer's 32-bit strides; "
-                "use a smaller --max-model-len or --attention-backend triton_vattn"
-            )
-        if self._step is not batch or self._halves is None:
-            self._step, self._planned = batch, set()
-            self._halves = batch.split()
+        host = batch if batch.slots.device.type == "cpu" else batch.host
+        if host is None:
+            raise InvariantError("FlashInfer plans from host numbers, and this batch has none")
+        if self._halves is None or self._step[0] is not host or self._step[1] is not batch.paged:
+            self._step, self._planned = (host, batch.paged), set()
+            self._halves = host.split()
         out = torch.empty_like(q)
         first = batch.num_prefill_tokens
         for phase, part, rows in zip(("prefill", "decode"), self._halves, (slice(0, first), slice(first, None)),
@@ -87,11 +114,20 @@ class FlashInferRuns:
                 self._wrapper(phase, part, q, k, window).run(q[rows], (k, v), out=out[rows])
         return out.flatten(1)
 
-    def _wrapper(self, phase: str, batch: Batch, q: torch.Tensor, k: torch.Tensor, window: int) -> Any:
+    def _room(self, device: torch.device) -> int:
+        """Bytes for the parts of sequences that are split: it launches two blocks a multiprocessor for them at most."""
+        if device.type == "cpu":
+            return _WORKSPACE_BYTES
+        spec = self._spec
+        blocks = 2 * torch.cuda.get_device_properties(device).multi_processor_count
+        rows = blocks * _MOST_ROWS * (spec.heads // spec.kv_heads)
+        return max(_WORKSPACE_BYTES, rows * (spec.head_dim + 1) * 4 + 256)  # float32, each part aligned
+
+    def _wrapper(self, phase: str, host: Batch, q: torch.Tensor, k: torch.Tensor, window: int) -> Any:
         """The wrapper of a phase and window, planned for this step."""
         key = (phase, window)
         if self._workspace is None:
-            self._workspace = torch.zeros(_WORKSPACE_BYTES, dtype=torch.uint8, device=q.device)
+            self._workspace = torch.zeros(self._room(q.device), dtype=torch.uint8, device=q.device)
         if key not in self._wrappers:
             kind = "BatchPrefillWithPagedKVCacheWrapper" if phase == "prefill" else "BatchDecodeWithPagedKVCacheWrapper"
             more = {} if phase == "prefill" else {"use_tensor_cores": True}
@@ -100,9 +136,6 @@ class FlashInferRuns:
         wrapper = self._wrappers[key]
         if key in self._planned:
             return wrapper
-        host = batch if batch.slots.device.type == "cpu" else batch.host
-        if host is None:
-            raise InvariantError("FlashInfer plans from host numbers, and this batch has none")
         pages = self._pages_of(host)
         spec = self._spec
         table = (torch.from_numpy(pages.indptr), torch.from_numpy(pages.indices).to(q.device, non_blocking=True),
@@ -110,10 +143,14 @@ class FlashInferRuns:
         shape = (spec.heads, spec.kv_heads, spec.head_dim, k.shape[1])
         common = {"sm_scale": self._scale, "window_left": window - 1 if window else -1,
                   "q_data_type": q.dtype, "kv_data_type": k.dtype}  # fmt: skip
+        if q.is_cuda:  # a plan is copied from one pinned buffer, which the next, a step ahead, would overwrite
+            self._copied.setdefault(key, torch.cuda.Event()).synchronize()
         if phase == "prefill":
             wrapper.plan(host.q_starts, *table, *shape, causal=True, **common)
         else:
             wrapper.plan(*table, *shape, **common)
+        if q.is_cuda:
+            self._copied[key].record()
         self._planned.add(key)
         return wrapper
 
@@ -130,11 +167,21 @@ class FiVattn:
         return flashinfer_missing()
 
     def __init__(self, spec: ModelSpec) -> None:
-        self._runs = FlashInferRuns(spec, slots_as_pages)
+        self._runs = FlashInferRuns(spec, self._pages_of)
+        self._cut: Cut | None = None  # of the step under way
+
+    def _pages_of(self, batch: Batch) -> Pages:
+        """The pages of each sequence's slot, up to its length. batch: on the host."""
+        assert self._cut is not None
+        counts, indptr, last_len = filled(batch.kv_lens.numpy(), self._cut.tokens)
+        first = batch.slots.numpy() * self._cut.slot - indptr[:-1] * self._cut.page
+        indices = np.repeat(first, counts) + np.arange(indptr[-1], dtype=np.int32) * self._cut.page
+        return Pages(indptr, indices.astype(np.int32), last_len)
 
     def attend(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: Batch, window: int = 0,
         out: torch.Tensor | None = None,
     ) -> torch.Tensor:  # fmt: skip
         """See AttentionBackend."""
-        return placed(self._runs.attend(q, k, v, batch, window), out)
+        self._cut = cut = Cut.of(k)
+        return placed(self._runs.attend(q, cut.pages(k), cut.pages(v), batch, window), out)

@@ -176,11 +176,15 @@ class FakeWrapper:
         out.copy_(TorchVattn(SPEC).attend(q, flat[0], flat[1], batch, self.window).view_as(out))
 
 
+@pytest.mark.parametrize("page_tokens", [7, 128])
 @pytest.mark.parametrize("chunks", MIXES)
-def test_flashinfer_is_told_the_right_tables(monkeypatch: pytest.MonkeyPatch, chunks: list[tuple[int, int]]) -> None:
-    """A slot as one page, and blocks as they lie, planned once a step and window, not once a layer."""
+def test_flashinfer_is_told_the_right_tables(
+    monkeypatch: pytest.MonkeyPatch, chunks: list[tuple[int, int]], page_tokens: int
+) -> None:
+    """A slot cut into pages where it lies, and blocks as they lie, planned once a step and window, not once a layer."""
     wrappers = dict.fromkeys(("BatchPrefillWithPagedKVCacheWrapper", "BatchDecodeWithPagedKVCacheWrapper"), FakeWrapper)
     monkeypatch.setattr(fi_vattn, "_WORKSPACE_BYTES", 64)
+    monkeypatch.setattr(fi_vattn, "_PAGE_TOKENS", page_tokens)
     monkeypatch.setitem(sys.modules, "flashinfer", SimpleNamespace(**wrappers))
     store = paged_store()
     batch, q, k, v = hybrid(store, chunks)

@@ -5,6 +5,7 @@ Its cases are those of scripts/gpu_correctness.py.
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 
@@ -33,6 +34,7 @@ def test_engine(case: correctness.Case, models: correctness.Models) -> None:
     assert found.compared > 0 and not found.wrong, found.wrong[:3]
 
 
+@pytest.mark.alone
 def test_the_allocator_keeps_its_promises() -> None:
     """Every check of scripts.gpu_allocator, the forced races and what they are without their fence among them."""
     done = subprocess.run([sys.executable, "-m", "scripts.gpu_allocator"], capture_output=True, text=True, timeout=200,
@@ -41,8 +43,12 @@ def test_the_allocator_keeps_its_promises() -> None:
     assert "without its fence every race fails" in done.stdout
 
 
-def test_random_load_at_high_utilisation() -> None:
-    """A short soak: nothing fails, nothing stays held. scripts.gpu_soak runs 8 minutes by itself."""
-    done = subprocess.run([sys.executable, "-m", "scripts.gpu_soak", "--seconds", "20"], capture_output=True, text=True,
-                          timeout=200, check=False)  # fmt: skip
+@pytest.mark.alone
+def test_random_load_on_full_memory() -> None:
+    """A short soak in the last 36 GiB, at 0.95: the pool overflows, nothing fails, nothing stays held. scripts.gpu_soak
+    runs 8 minutes by itself."""
+    done = subprocess.run([sys.executable, "-m", "scripts.gpu_soak", "--seconds", "20", "--leave-bytes", str(36 << 30)],
+                          capture_output=True, text=True, timeout=200, check=False)  # fmt: skip
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["preempted_total"] > 0, "the memory was never full"

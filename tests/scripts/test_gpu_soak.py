@@ -24,8 +24,8 @@ def test_a_pool_that_overflows(
     """Requests are preempted, all end, nothing is held; the file says what ran, of which commit and where."""
     monkeypatch.setenv("TESSERA_COMMIT", "0123abc")
     file = tmp_path / "soak.json"
-    pool = "--kv-pool-bytes 1048576 --kv-page-bytes 4096 --max-model-len 512 --max-num-seqs 16"
-    load = "--seconds 3 --waiting 8 --prompt-tokens 300 --answer-tokens 100"
+    pool = "--kv-pool-bytes 524288 --kv-page-bytes 4096 --max-model-len 512 --max-num-seqs 16"
+    load = "--seconds 3 --waiting 8 --prompt-tokens 100 --answer-tokens 200"
     asked = ["--shape", "tiny", "--device", "cpu", *load.split(), "--json", str(file), *pool.split()]
     assert gpu_soak.main(asked) == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
