@@ -56,6 +56,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, help=f"[cuda {GRIDS['cuda'][3]}, cpu {GRIDS['cpu'][3]}]")
     parser.add_argument("--prompts", help=f"tokens, k = 1,024 [cuda {GRIDS['cuda'][0]}, cpu {GRIDS['cpu'][0]}]")
     parser.add_argument("--outputs", help=f"tokens [cuda {GRIDS['cuda'][1]}, cpu {GRIDS['cpu'][1]}]")
+    parser.add_argument("--cells", help="PROMPT+OUTPUT with commas instead of a grid: what --budget-s left out before")
     parser.add_argument("--requests", type=int, help=f"at once [cuda {GRIDS['cuda'][2]}, cpu {GRIDS['cpu'][2]}]")
     parser.add_argument("--variants", default="plain,0,first+last", help="plain, first+last, all, or layers: 0 or 0:27")
     parser.add_argument("--scheme", default="perm", help="of encoded layers [perm]")
@@ -76,6 +77,17 @@ def lengths(text: str) -> list[int]:
     return found
 
 
+def cells_of(text: str) -> list[tuple[int, int]]:
+    """`32k+1024,1k+2048` to [(32768, 1024), (1024, 2048)]. Raises ValueError."""
+    found = []
+    for word in split_names(text):
+        sizes = lengths(word.replace("+", ","))
+        if len(sizes) != 2:
+            raise ValueError(f"{word!r} is not a cell, PROMPT+OUTPUT (say 32k+1024)")
+        found.append((sizes[0], sizes[1]))
+    return found
+
+
 def layers_of(variant: str, layers: int) -> str:
     """--scx-layers of a variant; nothing for plain."""
     if variant == PLAIN:
@@ -90,11 +102,14 @@ def run(args: argparse.Namespace, rest: Sequence[str]) -> int:
         raise ValueError(f"{named[0]} would be every variant's; use --variants, --scheme, --secure-device, --page-seal")
     device = device_of(rest)
     preset = GRIDS[device if not args.quick else "quick" if device == "cuda" else "quick cpu"]
-    prompts, outputs = lengths(args.prompts or preset[0]), lengths(args.outputs or preset[1])
     requests, rounds = args.requests or preset[2], args.rounds or preset[3]
-    args.positions = max(prompts) + max(outputs)
+    if args.cells and (args.prompts or args.outputs):
+        raise ValueError("--cells names prompts and outputs; leave out --prompts and --outputs")
     # short answers first, so that a budget leaves every prompt length in
-    cells = [Cell(equal(requests, prompt, output)) for output, prompt in product(outputs, prompts)]
+    outputs, prompts = lengths(args.outputs or preset[1]), lengths(args.prompts or preset[0])
+    sizes = cells_of(args.cells) if args.cells else [(prompt, output) for output, prompt in product(outputs, prompts)]
+    args.positions = max(prompt for prompt, _ in sizes) + max(output for _, output in sizes)
+    cells = [Cell(equal(requests, prompt, output)) for prompt, output in sizes]
     variants = split_names(args.variants)
     if variants[:1] != [PLAIN]:
         raise ValueError(f"--variants {args.variants} must begin with plain, which the others are compared with")

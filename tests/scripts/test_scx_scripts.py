@@ -117,11 +117,12 @@ def test_a_budget_leaves_cells_out_and_says_so(
 @pytest.mark.parametrize(("flags", "said"), [
     (["--prompts", "1m"], "'1m' is not a number of tokens"), (["--scx-layers", "0"], "--scx-layers would be every"),
     (["--variants", "0,plain"], "must begin with plain"), (["--prompts", "99", "--max-model-len", "40"], "no cell"),
-    (["--variants", "plain,7"], "layer 7 is outside 0..1"),
+    (["--variants", "plain,7"], "layer 7 is outside 0..1"), (["--prompts", "9", "--cells", "9+3"], "--cells names"),
 ])  # fmt: skip
 def test_bad_grids_are_refused(flags: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
     """One line that names what is wrong."""
-    assert bench.main(["scx", *TINY, "--outputs", "3", "--requests", "1", *flags]) == 2
+    outputs = [] if "--cells" in flags else ["--outputs", "3"]
+    assert bench.main(["scx", *TINY, *outputs, "--requests", "1", *flags]) == 2
     assert said in capsys.readouterr().err
 
 
@@ -130,6 +131,16 @@ def test_lengths_as_people_write_them() -> None:
     assert scx.lengths("1k, 512,32K") == [1024, 512, 32768]
     assert scx.device_of(["--device", "cuda:1"]) == scx.device_of(["--device=cuda"]) == "cuda"
     assert scx.device_of([]) == scx.device_of(["--dtype", "float32"]) == "cpu"
+    assert scx.cells_of("32k+1024, 512+1K") == [(32768, 1024), (512, 1024)]
+    for text in ("32k", "1+2+3", "1k+x"):
+        with pytest.raises(ValueError, match="is not a"):
+            scx.cells_of(text)
+
+
+def test_cells_one_by_one(capsys: pytest.CaptureFixture[str]) -> None:
+    """Those that are named, in that order, and no others."""
+    found, _ = records(capsys, "--cells", "40+3,24+6", "--requests", "1", "--rounds", "1", "--variants", "plain")
+    assert [record["workload"] for record in found] == ["1x40+3", "1x24+6"]
 
 
 def test_a_longer_shape_is_made_for_long_prompts(capsys: pytest.CaptureFixture[str]) -> None:
