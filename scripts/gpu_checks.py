@@ -39,6 +39,14 @@ def relative(got: torch.Tensor, want: torch.Tensor) -> float:
     return float((got - want).norm() / want.norm().clamp_min(1e-30))
 
 
+def judge(found: Found) -> None:
+    """Raise AssertionError for what is over its bound, and for checks that checked nothing."""
+    results = list(found)
+    over = [f"{name}: {error:.3g} > {bound:.3g}" for name, error, bound in results if not error <= bound]
+    if over or not results:
+        raise AssertionError("\n".join(over) or "nothing was checked")
+
+
 class Bench:
     """A device, an element type and a source of fresh numbers."""
 

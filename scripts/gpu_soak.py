@@ -28,7 +28,6 @@ from scripts.benching.environment import heading
 from scripts.benching.shapes import SHAPES, write_folder
 
 REPORT_S = 10.0
-SETTLE_S = 20.0  # after which requests that still run are aborted
 
 
 def length(rng: random.Random, median: int, most: int) -> int:
@@ -79,8 +78,8 @@ class Soak:
             if update.error is not None:
                 self.errors.append(update.error)
 
-    def run(self, seconds: float, waiting: int) -> dict[str, Any]:
-        """Keep `waiting` requests in line for so long, then let all end. Returns the counts."""
+    def run(self, seconds: float, waiting: int, settle_s: float) -> dict[str, Any]:
+        """Keep `waiting` requests in line for so long, then let all end, by abort after settle_s. Returns counts."""
         began = said = perf_counter()
         while perf_counter() - began < seconds:
             while len(self.engine.scheduler.queues.waiting) < waiting:
@@ -91,7 +90,7 @@ class Soak:
                 print(f"{said - began:6.0f} s  {self.numbers()}", flush=True)
         settle = perf_counter()
         while self.engine.has_work:
-            if perf_counter() - settle > SETTLE_S:
+            if perf_counter() - settle > settle_s:
                 for name in sorted(self.live):
                     self.engine.abort(name)
             self.step()
@@ -130,6 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--prompt-tokens", type=int, default=1000, help="median")
     parser.add_argument("--answer-tokens", type=int, default=1500, help="median: many at once, so that memory fills")
     parser.add_argument("--waiting", type=int, default=64, help="requests in line at any time")
+    parser.add_argument("--settle-s", type=float, default=20.0, help="then, what still runs is aborted [20]")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, default=None)
     parser.add_argument("--leave-bytes", type=int, default=None,
@@ -150,7 +150,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         vocab = 500 if asked.model else SHAPES[asked.shape]["vocab_size"]
         soak = Soak(engine, vocab=vocab, longest=asked.max_model_len - 2, seed=asked.seed,
                     medians=(asked.prompt_tokens, asked.answer_tokens))  # fmt: skip
-        found = head | soak.run(asked.seconds, asked.waiting)
+        found = head | soak.run(asked.seconds, asked.waiting, asked.settle_s)
         engine.close()
     held = found["kv_groups_in_use"] + found["kv_slots_active"] + len(soak.live)
     found["ok"] = not soak.errors and not found["lost_steps_total"] and not held

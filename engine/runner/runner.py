@@ -47,8 +47,8 @@ class _Sequence:
 
 @dataclass(slots=True)
 class Launched:
-    """A step under way. picked: (R,) ids in host memory, whole once `done` (None: at once) has happened. watched: the
-    rows of picked that want logprobs; top: their (ids, values) as RawRows.logprobs gives them."""
+    """A step under way, until `done` (None: at once) has happened. picked: (R,) ids in host memory, whole then.
+    watched: the rows of picked that want logprobs; top: their (ids, values) as RawRows.logprobs gives them."""
 
     step_id: int
     sampling: list[Chunk]
@@ -146,8 +146,8 @@ class Runner:
             launched.picked = _to_host(picked)
             if launched.top is not None:
                 launched.top = (_to_host(launched.top[0]), _to_host(launched.top[1]))
-            launched.done = torch.cuda.Event()
-            launched.done.record()
+        launched.done = torch.cuda.Event()  # a step that samples nothing is waited for, too: no more than depth run
+        launched.done.record()
 
     def _sample(self, host: Batch, picks: list[Pick], launched: Launched) -> torch.Tensor | None:
         """(R,) ids on the device, noted as the newest of their slots; None when nothing is sampled. Logprobs that are

@@ -47,8 +47,8 @@ def test_the_allocator_keeps_its_promises() -> None:
 def test_random_load_on_full_memory() -> None:
     """A short soak in the last 36 GiB, at 0.95: the pool overflows, nothing fails, nothing stays held. scripts.gpu_soak
     runs 8 minutes by itself."""
-    done = subprocess.run([sys.executable, "-m", "scripts.gpu_soak", "--seconds", "20", "--leave-bytes", str(36 << 30)],
-                          capture_output=True, text=True, timeout=200, check=False)  # fmt: skip
+    command = [sys.executable, "-m", "scripts.gpu_soak", "--seconds", "15", "--settle-s", "5", "--leave-bytes"]
+    done = subprocess.run([*command, str(36 << 30)], capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["preempted_total"] > 0, "the memory was never full"
