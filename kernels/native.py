@@ -41,7 +41,7 @@ def available(dtype: torch.dtype | None = None) -> bool:
 
 
 def isa(dtype: torch.dtype) -> str:
-    """Name of the instruction set `dtype` runs on: avx512_bf16, avx512, generic, or torch where none does."""
+    """Name of the instruction set `dtype` runs on: avx512_bf16, avx512, avx2, or torch where none does."""
     return OPS[dtype].isa if dtype in OPS else "torch"
 
 

@@ -8,6 +8,7 @@ GPU for themselves. What pytest's own arguments are stands behind `--`.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import subprocess
@@ -16,6 +17,8 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from time import perf_counter
+
+from scripts.benching.environment import heading
 
 ROOT = Path(__file__).resolve().parent.parent
 MANIFEST = ROOT / "tests" / "manifests" / "gpu.txt"
@@ -36,7 +39,7 @@ def count_of(output: str, status: int) -> dict[str, int]:
 
 
 def run_one(name: str, command: Sequence[str]) -> dict[str, int]:
-    """Run a process to its end and print what it said, whole."""
+    """Run a process to its end and print what it said, whole. Returns its counts."""
     began = perf_counter()
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                           errors="replace", check=False)  # fmt: skip
@@ -57,6 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=jobs, help=f"processes side by side [here {jobs}]")
     parser.add_argument("--shard", default="1/1", help="i/n: run part i of n of every file")
     parser.add_argument("--budget-s", type=float, default=450.0, help="no test starts after so many seconds [450]")
+    parser.add_argument("--json", type=Path, default=None, help="also write the counts, by file, here")
     parser.add_argument("files", nargs="*", help="test files [those of tests/manifests/gpu.txt]")
     given = list(sys.argv[1:] if arguments is None else arguments)
     split = given.index("--") if "--" in given else len(given)
@@ -84,8 +88,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         counts = list(pool.map(lambda file: run_one(file, command("not alone", file)), files))
     counts.append(run_one("alone", command("alone", *files)))
     found = total(counts)
-    said = ", ".join(f"{count} {name}" for name, count in found.items())
-    print(f"gpu tests, shard {asked.shard}, {perf_counter() - began:.0f} s: {said}")
+    said, took_s = ", ".join(f"{count} {name}" for name, count in found.items()), perf_counter() - began
+    if asked.json:
+        head = heading("gpu_tests", f"gpu tests, shard {asked.shard}", arguments)
+        by_file = dict(zip([*files, "alone"], counts, strict=True))
+        told = {**head, "seconds": round(took_s, 1), **found, "files": by_file}
+        asked.json.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+    print(f"gpu tests, shard {asked.shard}, {took_s:.0f} s: {said}")
     return int(found["failed"] + found["error"] > 0 or not any(found.values()))
 
 

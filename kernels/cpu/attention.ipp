@@ -79,13 +79,15 @@ void product(const char* a, ptrdiff_t a_row_bytes, const char* b, int vectors, i
              ptrdiff_t c_stride, int rows, bool zero) {
   const ptrdiff_t b_word_bytes = vectors * 64;
   int v = 0;
-  for (; v + 4 <= vectors; v += 4)
-    product_rows<T, 4>(a, a_row_bytes, b + v * 64, b_word_bytes, words, c + v * 16, c_stride, rows, zero);
-  if (vectors - v >= 2) {
-    product_rows<T, 2>(a, a_row_bytes, b + v * 64, b_word_bytes, words, c + v * 16, c_stride, rows, zero);
-    v += 2;
+  if constexpr (kTileVectors == 4) {
+    for (; v + 4 <= vectors; v += 4)
+      product_rows<T, 4>(a, a_row_bytes, b + v * 64, b_word_bytes, words, c + v * 16, c_stride, rows, zero);
+    if (vectors - v >= 2) {
+      product_rows<T, 2>(a, a_row_bytes, b + v * 64, b_word_bytes, words, c + v * 16, c_stride, rows, zero);
+      v += 2;
+    }
   }
-  if (vectors - v == 1)
+  for (; v < vectors; ++v)
     product_rows<T, 1>(a, a_row_bytes, b + v * 64, b_word_bytes, words, c + v * 16, c_stride, rows, zero);
 }
 
@@ -123,7 +125,7 @@ constexpr int kDirectRows = 8;
 
 template <class T, int MR>
 void scores_direct(const typename T::E* q, const typename T::E* k, ptrdiff_t token_stride, int dim, float* scores) {
-  constexpr int kGroups = 2;  // side by side, or the chains' latency would bound the speed; four spill registers
+  constexpr int kGroups = kTileVectors == 4 ? 2 : 1;  // side by side, or the chains' latency would bound the speed
   const ptrdiff_t row_bytes = token_stride * static_cast<ptrdiff_t>(sizeof(typename T::E));
   const ptrdiff_t q_bytes = dim * static_cast<ptrdiff_t>(sizeof(typename T::E));
   const int words = dim / T::kWord;
@@ -174,7 +176,7 @@ __attribute__((always_inline)) inline void values_direct_columns(const typename 
 
 template <class T, int MR>
 void values_direct(const typename T::E* p, const typename T::E* v, ptrdiff_t token_stride, int dim, float* acc) {
-  constexpr int kWide = MR <= 4 ? 4 : 2;
+  constexpr int kWide = kTileVectors == 1 ? 1 : MR <= 4 ? 4 : 2;
   int d = 0;
   for (; d + 16 * kWide <= dim; d += 16 * kWide)
     values_direct_columns<T, MR, kWide>(p, v + d, token_stride, dim, acc + d);

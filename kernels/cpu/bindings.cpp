@@ -22,18 +22,18 @@ const T* of(Address address) {
   return reinterpret_cast<const T*>(address);
 }
 
-// The kernels for elements of this size: 2 = bf16, 4 = fp32 ("generic" picks the one without AVX-512).
-const Kernels* kernels_of(int element_bytes, bool generic) {
-  if (element_bytes == 2) return generic ? nullptr : bf16_avx512();
-  if (element_bytes != 4) return nullptr;
-  const Kernels* fast = generic ? nullptr : f32_avx512();
-  return fast != nullptr ? fast : f32_generic();
+// The fastest kernels that this CPU runs for elements of this size: 2 = bf16, 4 = fp32. narrow: without AVX-512.
+const Kernels* kernels_of(int element_bytes, bool narrow) {
+  if (element_bytes != 2 && element_bytes != 4) return nullptr;
+  const bool half = element_bytes == 2;
+  const Kernels* wide = narrow ? nullptr : half ? bf16_avx512() : f32_avx512();
+  return wide != nullptr ? wide : half ? bf16_avx2() : f32_avx2();
 }
 
 // One element type's operations; Python keeps one instance a dtype.
 class Ops {
  public:
-  Ops(int element_bytes, bool generic) : kernels_(kernels_of(element_bytes, generic)) {
+  Ops(int element_bytes, bool narrow) : kernels_(kernels_of(element_bytes, narrow)) {
     if (kernels_ == nullptr)
       throw std::invalid_argument("no kernel for elements of " + std::to_string(element_bytes) + " bytes here");
   }
@@ -165,8 +165,8 @@ Gemm layer_gemm(Address panels, Address bias, int columns, int depth, Epilogue e
 }  // namespace
 
 NB_MODULE(_cpu, m) {
-  m.def("has_bf16", [] { return bf16_avx512() != nullptr; });
-  m.def("has_f32", [] { return f32_avx512() != nullptr || f32_generic() != nullptr; });
+  m.def("has_bf16", [] { return kernels_of(2, false) != nullptr; });
+  m.def("has_f32", [] { return kernels_of(4, false) != nullptr; });
   m.def("set_threads", [](int threads) {
     if (threads < 1 || threads > 1024)
       throw std::invalid_argument("threads=" + std::to_string(threads) + " is outside 1..1024");

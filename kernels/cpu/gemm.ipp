@@ -104,7 +104,6 @@ inline void finish_row(const Gemm& g, V left, V right, int row, int panel, int c
   }
 }
 
-constexpr int kTileRows = 12;
 constexpr int kBlockWords = 288;      // K block of a small batch: 36 KiB of panel stay in L1 for its second tile
 constexpr int kSmallBatchRows = 48;   // up to here K is blocked and partial chains are kept in scratch
 constexpr int kAheadBytes = 4096;
@@ -139,13 +138,15 @@ void gemm_tile(const Gemm& g, int row, int panel, int w0, int words, int total_w
 template <class T>
 using TileFn = void (*)(const Gemm&, int, int, int, int, int, float*, int, int);
 
+template <class T, int... kLessOne>
+constexpr std::array<TileFn<T>, kTileRows> tile_table(std::integer_sequence<int, kLessOne...>) {
+  return {gemm_tile<T, kLessOne + 1>...};
+}
+
 template <class T>
 TileFn<T> tile_for(int rows) {
-  static constexpr TileFn<T> table[kTileRows + 1] = {
-      nullptr,          gemm_tile<T, 1>, gemm_tile<T, 2>, gemm_tile<T, 3>,  gemm_tile<T, 4>,
-      gemm_tile<T, 5>,  gemm_tile<T, 6>, gemm_tile<T, 7>, gemm_tile<T, 8>,  gemm_tile<T, 9>,
-      gemm_tile<T, 10>, gemm_tile<T, 11>, gemm_tile<T, 12>};
-  return table[rows];
+  static constexpr auto table = tile_table<T>(std::make_integer_sequence<int, kTileRows>());
+  return table[rows - 1];
 }
 
 inline int ceil_div(int a, int b) { return (a + b - 1) / b; }

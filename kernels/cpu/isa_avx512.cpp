@@ -1,6 +1,8 @@
 // fp32 kernels for CPUs with AVX-512.
+#include <array>
 #include <cmath>
 #include <cstring>
+#include <utility>
 
 #include "ops.hpp"
 

@@ -1,6 +1,8 @@
 // bf16 kernels for CPUs with AVX512-BF16 (Zen 4 and later, Cooper Lake, Sapphire Rapids and later).
+#include <array>
 #include <cmath>
 #include <cstring>
+#include <utility>
 
 #include "ops.hpp"
 

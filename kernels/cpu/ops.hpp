@@ -194,8 +194,9 @@ struct Kernels {
 };
 
 const Kernels* bf16_avx512();  // null when this CPU or compiler lacks the instructions
+const Kernels* bf16_avx2();
 const Kernels* f32_avx512();
-const Kernels* f32_generic();
+const Kernels* f32_avx2();
 
 // Work that a stream of a GPU calls for when its turn comes: by a Bell, or as a host function (cuLaunchHostFunc).
 struct Job {

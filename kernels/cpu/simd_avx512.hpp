@@ -86,6 +86,9 @@ __attribute__((always_inline)) inline void transpose_columns(const char* rows, p
 }
 inline void column_store(uint32_t* p, Column a) { _mm512_storeu_si512(p, a); }
 
+constexpr int kTileRows = 12;    // of a panel, whose sums fit into registers
+constexpr int kTileVectors = 4;  // whose sums of six rows do
+
 // A packed "word" is what one multiply-accumulate lane consumes: one float here, two bf16 below.
 struct F32 {
   using E = float;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,14 @@ def test_counts_are_added(files: list[str], status: int, line: str, capsys: pyte
     """Of files side by side and of the tests that run alone, on the last line."""
     assert gpu_tests.main([*files, "--jobs", "3"]) == status
     assert capsys.readouterr().out.splitlines()[-1].endswith(line)
+
+
+def test_the_counts_by_file_are_kept(tmp_path: Path) -> None:
+    """With what ran, of which commit and where."""
+    gpu_tests.main(["a.py", "bad.py", "--json", str(tmp_path / "counts.json")])
+    found = json.loads((tmp_path / "counts.json").read_text())
+    assert (found["passed"], found["failed"], found["files"]["bad.py"]["failed"]) == (7, 1, 1)
+    assert found["files"]["alone"]["passed"] == 1 and found["environment"]["versions"]["torch"]
 
 
 def test_each_file_once_and_all_alone_last(instead_of_pytest: Path) -> None:
