@@ -123,27 +123,13 @@ __attribute__((always_inline)) inline void transpose_columns(const char* rows, p
   for (int i = 0; i < kColumns; ++i) out[i] = {lo[i], hi[i]};
 }
 inline void column_store(uint32_t* p, Column a) { vstore(reinterpret_cast<float*>(p), a); }
+inline V as_lanes(Column a) { return a; }
 
 // Sixteen registers hold the sums of so many rows of a panel, or of six rows of so many vectors, and what is added.
 constexpr int kTileRows = 3;
 constexpr int kTileVectors = 1;
 
-struct F32 {
-  using E = float;
-  using W = V;
-  static constexpr int kWord = 1;  // elements a word
-  static V load(const E* p) { return vload(p); }
-  static V load_part(const E* p, int n) { return vload_part(p, n); }
-  static void store(E* p, V a) { vstore(p, a); }
-  static void store_part(E* p, V a, int n) { vstore_part(p, a, n); }
-  static V round(V a) { return a; }
-  static W word_row(const char* p) { return vload(reinterpret_cast<const float*>(p)); }
-  static W word_all(const char* p) { return vset1(*reinterpret_cast<const float*>(p)); }
-  static W word_of(Column a) { return a; }
-  static V mac(V acc, W a, W b) { return vfma(a, b, acc); }
-  static W pair_rows(const E* row0, const E*) { return vload(row0); }
-  static void word_store(char* p, W a) { vstore(reinterpret_cast<float*>(p), a); }
-};
+#include "f32.ipp"
 
 // AVX2 knows no bf16: the two of a word are widened where they are multiplied.
 struct Bf16 {

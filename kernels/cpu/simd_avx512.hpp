@@ -85,28 +85,12 @@ __attribute__((always_inline)) inline void transpose_columns(const char* rows, p
   }
 }
 inline void column_store(uint32_t* p, Column a) { _mm512_storeu_si512(p, a); }
+inline V as_lanes(Column a) { return _mm512_castsi512_ps(a); }
 
 constexpr int kTileRows = 12;    // of a panel, whose sums fit into registers
 constexpr int kTileVectors = 4;  // whose sums of six rows do
 
-// A packed "word" is what one multiply-accumulate lane consumes: one float here, two bf16 below.
-struct F32 {
-  using E = float;
-  using W = __m512;
-  static constexpr int kWord = 1;  // elements a word
-  static V load(const E* p) { return vload(p); }
-  static V load_part(const E* p, int n) { return vload_part(p, n); }
-  static void store(E* p, V a) { vstore(p, a); }
-  static void store_part(E* p, V a, int n) { vstore_part(p, a, n); }
-  static V round(V a) { return a; }
-  static W word_row(const char* p) { return _mm512_loadu_ps(p); }
-  static W word_all(const char* p) { return _mm512_set1_ps(*reinterpret_cast<const float*>(p)); }
-  static W word_of(__m512i a) { return _mm512_castsi512_ps(a); }
-  static V mac(V acc, W a, W b) { return _mm512_fmadd_ps(a, b, acc); }
-  // 16 elements of one V row (kWord rows below) as words.
-  static W pair_rows(const E* row0, const E*) { return vload(row0); }
-  static void word_store(char* p, W a) { _mm512_storeu_ps(p, a); }
-};
+#include "f32.ipp"
 
 #ifdef TESSERA_BF16
 struct Bf16 {

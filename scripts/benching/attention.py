@@ -3,7 +3,8 @@
 Decodes are held against bytes (keys and values read once) over the measured bandwidth, prompts and chunks against
 operations over the measured product rate. Layers take turns, so that caches do not help. A paged backend reads the same
 work from blocks of a paged store, dealt out in random order; NAME_vattn is set beside NAME_paged, work by work and by
-the geometric mean. `torch_vattn` and `torch_paged` are the judges, and are measured only when they are named.
+the geometric mean. Slabs and blocks of a work are held at once, and backends take turns. `torch_vattn` and
+`torch_paged` are the judges, and are measured only when they are named.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ import math
 import re
 import statistics
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
     from engine.loading.spec import ModelSpec
     from engine.runner.batch import Batch
     from vattention_ext import KvGeometry
+
+    Placed = tuple[SlotStore | PagedStore, Batch, torch.Tensor]
 
 JUDGES = ("torch_vattn", "torch_paged")
 TWINS = "vattn / paged"  # how many times faster
@@ -119,20 +122,20 @@ def run(args: argparse.Namespace, rest: Sequence[str]) -> int:
     for name in names:
         caps = backends[name].caps
         by_store.setdefault(caps.block_multiple if caps.paged else 0, []).append(name)
-    for layout, work, (multiple, group) in itertools.product(split_names(args.layouts), works, by_store.items()):
-        memory = blocks(spec, args, work, layout, multiple) if multiple else slabs(spec, args, work, layout)
-        with memory as (store, batch, q):
-            for name in group:
-                try:
-                    seconds = times(backends[name](spec), store, batch, q, args.device, args.runs)
-                except Exception as error:  # a kernel that does not fit this work; the others may
-                    print(f"{work.name} {layout} {name}: {type(error).__name__}: {str(error).splitlines()[:1]}")
-                    continue
+    for layout, work in itertools.product(split_names(args.layouts), works):
+        with ExitStack() as memory:
+            placed: dict[str, Placed] = {}
+            for multiple, group in by_store.items():
+                store: AbstractContextManager[Placed] = (
+                    blocks(spec, args, work, layout, multiple) if multiple else slabs(spec, args, work, layout)
+                )
+                placed |= dict.fromkeys(group, memory.enter_context(store))
+            for name, seconds in in_turns(placed, spec, args.device, args.runs, f"{work.name} {layout}").items():
+                _, batch, q = placed[name]
                 record = record_of(work, f"{name} {layout}", seconds, spec, q.element_size(), device)
                 if batch.paged is not None:
                     record.details["block_tokens"] = batch.paged.block_tokens
                 report.records.append(record)
-                print(f"{work.name} {layout} {name}: {1e6 * min(seconds):,.1f} us", flush=True)
     if not report.records:
         raise NotProduced("no backend ran any of the work")
     pairs = twins(report.records)
@@ -236,10 +239,30 @@ def _batch(work: Work, slots: Sequence[int]) -> Batch:
     return pack([Row(slot, work.kv_len - work.queries, [0] * work.queries, True) for slot in slots])
 
 
-def times(
-    backend: AttentionBackend, store: SlotStore | PagedStore, batch: Batch, q: torch.Tensor, device: str, runs: int
-) -> list[float]:
-    """Seconds of one call, `runs` times, layers in turn."""
+def in_turns(
+    placed: Mapping[str, Placed], spec: ModelSpec, device: str, runs: int, work: str
+) -> dict[str, list[float]]:
+    """Seconds of one call by backend, a run of every one in turn, so that a clock that moves moves them all. One that
+    fails at this work is said and left out."""
+    from engine.attention.base import backends
+
+    made, found = {name: backends[name](spec) for name in placed}, {name: list[float]() for name in placed}
+    for _ in range(runs):
+        for name in list(found):
+            try:
+                found[name].append(time_of(made[name], *placed[name], device))
+            except Exception as error:  # a kernel that does not fit this work; the others may
+                print(f"{work} {name}: {type(error).__name__}: {str(error).splitlines()[:1]}")
+                del found[name]
+    for name, seconds in found.items():
+        print(f"{work} {name}: {1e6 * min(seconds):,.1f} us", flush=True)
+    return found
+
+
+def time_of(
+    backend: AttentionBackend, store: SlotStore | PagedStore, batch: Batch, q: torch.Tensor, device: str
+) -> float:
+    """Seconds of one call, layers in turn."""
     views = [store.layer_views(layer) for layer in range(store.geometry.layers)]
 
     def call(turn: int) -> object:
@@ -249,8 +272,8 @@ def times(
     if device == "cuda":
         from scripts.gpu_timing import graph_us
 
-        return [graph_us(call, len(views)) / 1e6 for _ in range(runs)]
-    return [_mean_s(call, len(views)) for _ in range(runs)]
+        return graph_us(call, len(views)) / 1e6
+    return _mean_s(call, len(views))
 
 
 def _mean_s(call: Callable[[int], object], layers: int, least_s: float = 0.1) -> float:

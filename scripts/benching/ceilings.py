@@ -101,14 +101,19 @@ def workload_floor_s(costs: Costs, device: Device, items: Sequence[Item], max_nu
 
 
 def measure_device(kind: str, dtype: str) -> Device:
-    """Measure "cpu" or "cuda" in a few 100 ms, with all usable cores. dtype: of the product, a torch name."""
+    """Measure "cpu" or "cuda" in a few 100 ms, with all usable cores. dtype: of the product, a torch name.
+
+    A CPU without instructions for a type multiplies it as float32 (PyTorch takes far longer), so there that rate counts,
+    too.
+    """
     import torch
 
     threads = torch.get_num_threads()
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     try:
         name = torch.cuda.get_device_name() if kind == "cuda" else "cpu"
-        return Device(name, _bytes_s(kind), _product_flop_s(kind, getattr(torch, dtype)))
+        types = {getattr(torch, dtype), *((torch.float32,) if kind == "cpu" else ())}
+        return Device(name, _bytes_s(kind), max(_product_flop_s(kind, one) for one in types))
     finally:
         torch.set_num_threads(threads)
         if kind == "cuda":

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from engine.loading.spec import read_config
 from scripts import bench, draw_online
@@ -69,6 +70,15 @@ class TestCeilings:
         assert llama.kv_bytes == 128 << 10
         assert llama.layer_flops + llama.head_flops == pytest.approx(15.0e9, rel=2e-3)
         assert llama.pair_flops == 4 * 32 * 32 * 128
+
+    def test_a_type_without_instructions_is_multiplied_as_float32(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """On a CPU; a GPU's rate is that of its own type."""
+        rates = {torch.float32: 60e9, torch.bfloat16: 5e9}
+        monkeypatch.setattr(ceilings, "_product_flop_s", lambda kind, dtype: rates[dtype])
+        monkeypatch.setattr(ceilings, "_bytes_s", lambda kind: 1e10)
+        assert ceilings.measure_device("cpu", "bfloat16").product_flop_s == 60e9
+        rates[torch.bfloat16] = 90e9
+        assert ceilings.measure_device("cpu", "bfloat16").product_flop_s == 90e9
 
     def test_a_decode_step_is_bound_by_bytes(self, llama: ceilings.Costs) -> None:
         """3.54 ms, 282 steps a second; each sequence's cache on top."""
