@@ -103,8 +103,7 @@ def workload_floor_s(costs: Costs, device: Device, items: Sequence[Item], max_nu
 def measure_device(kind: str, dtype: str) -> Device:
     """Measure "cpu" or "cuda" in a few 100 ms, with all usable cores. dtype: of the product, a torch name.
 
-    A CPU without instructions for a type multiplies it as float32 (PyTorch takes far longer), so there that rate counts,
-    too.
+    A CPU without instructions for a type multiplies it as float32 (PyTorch takes far longer), so that rate counts, too.
     """
     import torch
 
