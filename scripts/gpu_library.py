@@ -85,15 +85,16 @@ SHOWN_ROWS = (1, 8, 32, 64, 128, 256, 512, 2048, 8192)
 
 
 def products(s: Session) -> None:
-    """Each product as the engine runs it, with the norm, SiLU or sum that its kernel takes along, beside PyTorch's call
-    of cuBLAS with what it leaves to other kernels; nothing is chosen here."""
+    """Each product as the engine runs it, with the SiLU or sum that its kernel takes along, beside PyTorch's call of
+    cuBLAS with what it leaves to other kernels; nothing is chosen here. Parts of a product that was cut along K are
+    summed by the operation behind it, which is not in the time."""
     from engine.parts.cuda_kernels import CudaKernels
 
     kernels = CudaKernels()
     for name, (out, width, gated) in PRODUCTS.items():
         rows = out * 2 if gated else out
         weights = weights_of(s, name)
-        linears: list[Callable[..., torch.Tensor]] = [
+        linears: list[Any] = [
             kernels.gated_linear(w[:out], w[out:]) if gated else kernels.linear(w, wide=name == "head") for w in weights
         ]
         for m in SHOWN_ROWS:
@@ -102,8 +103,9 @@ def products(s: Session) -> None:
             x, onto = s.normal(m, width), s.normal(m, out)
             added: dict[str, Any] = {"add_to": onto} if name in ("o", "down") else {}
 
-            def ours(i: int, x=x, linears=linears, added=added) -> object:
-                return linears[i](x, **added)
+            def ours(i: int, x=x, linears=linears, added=added, cut=name in ("qkv", "o")) -> object:
+                parts = linears[i].parts(x) if cut else None
+                return linears[i](x, **added) if parts is None else parts
 
             def theirs(i: int, x=x, w=weights, onto=onto, name=name, gated=gated) -> object:
                 if name in ("o", "down"):
