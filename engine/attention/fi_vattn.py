@@ -20,13 +20,14 @@ import torch
 
 from engine.attention.base import Caps, backends, placed
 from engine.attention.triton_vattn import cuda_missing
-from engine.core.errors import InvariantError
+from engine.core.errors import ConfigError, InvariantError
 from engine.loading.spec import ModelSpec
 from engine.runner.batch import Batch, Paged
 
 _WORKSPACE_BYTES = 128 << 20  # what FlashInfer's documentation recommends
 _MOST_ROWS = 128  # queries times heads of a group that a block of its kernels takes
 _PAGE_TOKENS = 128  # its shortest part of a sequence
+_MOST_PAGES = (1 << 31) - 1
 
 
 class Pages(NamedTuple):
@@ -55,10 +56,17 @@ class Cut(NamedTuple):
 
     @classmethod
     def of(cls, slots: torch.Tensor) -> Cut:
-        """slots: (S, C, G, D). FlashInfer keeps a page's stride in 32 bits, which a unit fits and a slot may not."""
+        """slots: (S, C, G, D). FlashInfer keeps a page's stride in 32 bits, which a unit fits and a slot may not.
+
+        Raises ConfigError when pages have numbers beyond 31 bits, as its table has."""
         tokens = min(_PAGE_TOKENS, slots.shape[1])
         slot, page = slots.stride(0), tokens * slots.stride(1)
         unit = math.gcd(slot, page)
+        if slots.shape[0] * (slot // unit) > _MOST_PAGES:
+            raise ConfigError(
+                f"{slots.shape[0]} slots of {slot} elements in pages of {unit} are more than FlashInfer's {_MOST_PAGES} "
+                "pages; use a smaller --max-num-seqs or --max-model-len, or --attention-backend triton_vattn"
+            )
         return cls(tokens, unit, slot // unit, page // unit)
 
     def pages(self, slots: torch.Tensor) -> torch.Tensor:

@@ -198,6 +198,20 @@ def test_flashinfer_is_told_the_right_tables(
         assert FakeWrapper.plans == 2 * phases
 
 
+def test_pages_of_slots_have_numbers_that_a_table_holds() -> None:
+    """Page m of slot s begins where the slot's token 128 m lies; slots whose strides share little are refused."""
+    for count, stride, unit in ((4, 512 * 64, 128 * 64), (4, 512 * 64 + 32, 32)):
+        slots = torch.empty((count - 1) * stride + 512 * 64).as_strided((count, 512, 2, 16), (stride, 64, 16, 1))
+        cut = fi_vattn.Cut.of(slots)
+        assert (cut.unit, cut.slot * cut.unit, cut.page * cut.unit) == (unit, stride, 128 * 64)
+        view = cut.pages(slots)
+        for slot, m in ((0, 0), (1, 3), (count - 1, 2)):
+            assert view[slot * cut.slot + m * cut.page].data_ptr() == slots[slot, 128 * m].data_ptr()
+    far = torch.empty(1, device="meta").as_strided((1 << 20, 512, 2, 16), ((1 << 20) + 1, 64, 16, 1))
+    with pytest.raises(ConfigError, match="pages; use a smaller --max-num-seqs"):
+        fi_vattn.Cut.of(far)
+
+
 def test_auto_takes_what_was_measured_faster(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each phase by its times; one backend for both where it is as fast within 2 %; by rank where nothing was measured;
     never one with block tables, nor for decodes one that no graph can replay; and every loser has its reason."""
