@@ -64,7 +64,7 @@ class Cut(NamedTuple):
         unit = math.gcd(slot, page)
         if slots.shape[0] * (slot // unit) > _MOST_PAGES:
             raise ConfigError(
-                f"{slots.shape[0]} slots of {slot} elements in pages of {unit} are more than FlashInfer's {_MOST_PAGES} "
+                f"{slots.shape[0]} slots of {slot} elements, cut every {unit}: more than FlashInfer's {_MOST_PAGES} "
                 "pages; use a smaller --max-num-seqs or --max-model-len, or --attention-backend triton_vattn"
             )
         return cls(tokens, unit, slot // unit, page // unit)
