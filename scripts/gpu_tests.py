@@ -26,8 +26,8 @@ COUNTS = re.compile(r"^gpu tests, shard \S+: (.+)$", re.MULTILINE)  # of tests/g
 COUNT = re.compile(r"(\d+) ([a-z ]+)")
 PYTEST = ("-m", "pytest", "-p", "no:cacheprovider", "--timeout", "240", "--durations", "5")
 NO_TESTS = 5  # pytest's exit status when a shard or an expression leaves none of a file
-LEAST_CORES = 3  # of a process: its kernels are compiled by several
-MOST_JOBS = 5
+LEAST_CORES = 4  # of a process: its kernels are compiled by several
+MOST_JOBS = 4
 
 
 def count_of(output: str, status: int) -> dict[str, int]:
