@@ -64,8 +64,10 @@ def decode_heads(
     heads: int,
     *,
     one_each: bool = False,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """attended (N, H * D), each head mapped by its slot's row of out_map in fp32 and rounded once: (N, H * D).
+    """attended (N, H * D), each head mapped by its slot's row of out_map in fp32 and rounded once: (N, H * D), in `out`
+    where given.
 
     Maps, one_each and what is checked as in triton_encode_heads.encode_store; rows of a negative slot become zero.
     """
@@ -75,7 +77,9 @@ def decode_heads(
     require(attended.shape[0] == tokens, "attended has %d rows for %d slots; want as many", attended.shape[0], tokens)
     require_ints("slots_of_token", slots_of_token, tokens)
     require_map(out_map, out_map, heads, groups, dim)
-    out = torch.empty_like(attended)
+    out = torch.empty_like(attended) if out is None else out
+    require_rows("out", out, heads * dim, attended.dtype)
+    require(out.shape == attended.shape, "out has %d rows for %d", out.shape[0], tokens)
     if tokens and out_map.dim() == 3:
         _permute_heads_kernel[(tokens, triton.cdiv(heads, HEADS_A_PROGRAM))](
             attended, slots_of_token, out_map, out, out_map.stride(0), HEADS=heads, GROUPS=groups, DIM=dim,

@@ -21,9 +21,9 @@ NO_SLOT = tl.constexpr(1 << 30)  # above every slot
 
 @triton.jit(do_not_specialize=["tokens", "positions", "slots", "rows"])
 def _permute_store_kernel(
-    qkv, cos_sin, positions, slots, rows, q_map, k_map, v_map, q, k_view, v_view, tokens, map_stride, slot_stride,
-    token_stride, head_stride, HEADS: tl.constexpr, GROUPS: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
-    BLOCK_HEADS: tl.constexpr, PARTS: tl.constexpr,
+    qkv, cos_sin, positions, slots, rows, q_map, k_map, v_map, q, k_view, v_view, tokens, q_stride, map_stride,
+    slot_stride, token_stride, head_stride, HEADS: tl.constexpr, GROUPS: tl.constexpr, DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr, BLOCK_HEADS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     HALF: tl.constexpr = DIM // 2
     token = tl.program_id(0).to(tl.int64)
@@ -60,7 +60,7 @@ def _permute_store_kernel(
     sin = tl.load(table + HALF, mask=turned, other=0.0)
     mapped = (a * cos + tl.where(low, -b, b) * sin).to(q.dtype.element_ty)
 
-    tl.store(q + (token * HEADS + head[:, None]) * DIM + j[None, :], mapped, mask=real & is_q[:, None])
+    tl.store(q + token * q_stride + head[:, None] * DIM + j[None, :], mapped, mask=real & is_q[:, None])
     place = slot * slot_stride + tl.load(rows + token).to(tl.int64) * token_stride + group[:, None] * head_stride
     tl.store(k_view + place + j[None, :], mapped, mask=live & is_k[:, None])
     tl.store(v_view + place + j[None, :], mapped, mask=live & is_v[:, None])
@@ -92,8 +92,8 @@ def map_rows(first, second, slot, maps, map_stride, n, DIM: tl.constexpr, BLOCK_
 
 @triton.jit(do_not_specialize=["tokens", "positions", "slots", "rows"])
 def _matrix_store_kernel(
-    qkv, cos_sin, positions, slots, rows, q_map, k_map, v_map, q, k_view, v_view, tokens, map_stride, slot_stride,
-    token_stride, head_stride, HEADS: tl.constexpr, GROUPS: tl.constexpr, DIM: tl.constexpr,
+    qkv, cos_sin, positions, slots, rows, q_map, k_map, v_map, q, k_view, v_view, tokens, q_stride, map_stride,
+    slot_stride, token_stride, head_stride, HEADS: tl.constexpr, GROUPS: tl.constexpr, DIM: tl.constexpr,
     BLOCK_HALF: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK_RATIO: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -136,7 +136,7 @@ def _matrix_store_kernel(
     mapped = mapped.to(q.dtype.element_ty)
     column = (n < DIM)[None, :]
     if side == 0:
-        tl.store(q + ((token * HEADS + head) * DIM)[:, None] + n[None, :], mapped, mask=real[:, None] & column)
+        tl.store(q + (token * q_stride + head * DIM)[:, None] + n[None, :], mapped, mask=real[:, None] & column)
     else:
         view = k_view
         if side == 2:
@@ -167,7 +167,8 @@ def encode_store(
     (P, 2, D/2) fp32; positions, slots_of_token, rows (N,) int32 on the device, rows the positions unless given; k_view,
     v_view (S, C, G, D). one_each: no two tokens share a slot, so tiles of several would only wait for each other. All
     is fp32 up to the one rounding; an order rounds nothing, so for it a cut product is rounded first, as if stored.
-    Raises ValueError for a wrong shape, dtype or stride; slots, places and the entries of an order are trusted.
+    out: tokens may lie apart. Raises ValueError for a wrong shape, dtype or stride; slots, places and the entries of an
+    order are trusted.
     """
     require_float("k_view", k_view)
     slab = slab_of(k_view, v_view, k_view.dtype)
@@ -191,8 +192,11 @@ def encode_store(
     for one in maps:
         require_map(one, maps[0], heads, groups, dim)
     q = torch.empty((tokens, heads, dim), dtype=k_view.dtype, device=qkv.device) if out is None else out
-    common = (qkv, cos_sin, positions, slots_of_token, rows, *maps, q, k_view, v_view, tokens, maps[0].stride(0),
-              slab.slot_stride, slab.token_stride, slab.head_stride)  # fmt: skip
+    require(q.shape == (tokens, heads, dim) and q.stride()[1:] == (dim, 1) and q.dtype is k_view.dtype,
+            "out is %s %s with strides %s; want (%d, %d, %d) %s, each token's heads contiguous", tuple(q.shape),
+            q.dtype, q.stride(), tokens, heads, dim, k_view.dtype)  # fmt: skip
+    common = (qkv, cos_sin, positions, slots_of_token, rows, *maps, q, k_view, v_view, tokens, q.stride(0),
+              maps[0].stride(0), slab.slot_stride, slab.token_stride, slab.head_stride)  # fmt: skip
     if tokens and maps[0].dim() == 3:
         _permute_store_kernel[(tokens, triton.cdiv(heads + 2 * groups, HEADS_A_PROGRAM))](
             *common, HEADS=heads, GROUPS=groups, DIM=dim, BLOCK_DIM=power_of_two(dim), BLOCK_HEADS=HEADS_A_PROGRAM,

@@ -3,11 +3,11 @@
 Parts, in order: kernels (against float64), layers (scripts.scx_exactness on this device), engine (greedy tokens of a
 tiny model judged in float32 as in scripts.gpu_correctness, by scheme, secure device, graphs, seal and segments);
 admission (what opening and closing a session takes, every layer of the shape encoded); crossing (what an encode and a
-decode by the secure device cpu consist of: copies, calls, the job on more and fewer threads); cost (decodes at batch 64
-and a chat workload on random weights of a real shape, one plain engine and in turns with it encoded ones: layers 0 and
-last and all on this GPU, 0 and last with the secure device cpu or a worker, which run decodes only; bytes and round
-trips beside the formula of docs/scx.md). The JSON is written after each line, so a cut-off loses nothing; status 1 if
-anything was wrong.
+decode by the secure device cpu consist of: copies, calls, the job on more and fewer threads); cost (decodes at batch
+64 and a chat workload on random weights of a real shape, one plain engine and in turns with it encoded ones: layers 0
+and last and all on this GPU or another, 0 and last with the secure device cpu or a worker, which run decodes only;
+bytes and round trips beside the formula of docs/scx.md). The JSON is written after each line, so a cut-off loses
+nothing; status 1 if anything was wrong.
 """
 
 from __future__ import annotations
@@ -60,8 +60,14 @@ class Session:
     device: str
     ends_s: float
     file: Path | None
+    secure: Sequence[str]  # devices, or "worker"
     found: dict[str, Any] = field(default_factory=dict)
     wrong: int = 0
+
+    @property
+    def devices(self) -> list[str]:
+        """Secure devices of this process."""
+        return [one for one in self.secure if one != "worker"]
 
     def spent(self) -> bool:
         """Whether nothing more may begin."""
@@ -115,14 +121,16 @@ def kernels(session: Session) -> None:
 
 
 def secure_devices(device: str) -> tuple[str, ...]:
-    """The secure devices to try: the compute device itself and the host."""
-    return ("cuda:0", "cpu") if device == "cuda" else ("cpu",)
+    """What there is: the compute device itself, another one where there is one, the host, a process of its own."""
+    if device != "cuda":
+        return "cpu", "worker"
+    return ("cuda:0", "cuda:1", "cpu", "worker") if torch.cuda.device_count() > 1 else ("cuda:0", "cpu", "worker")
 
 
 def layers(session: Session) -> None:
     """One encoded layer against the plain one and float64, on hybrid batches and on resumed sequences, by every
     attention backend of slots that runs here."""
-    for secure, scheme, dtype in product(secure_devices(session.device), SCHEMES, scx_exactness.DTYPES):
+    for secure, scheme, dtype in product(session.devices, SCHEMES, scx_exactness.DTYPES):
         known = scx_exactness.BACKENDS[session.device]
         found = [name for name in known if not why_not(name, session.device, dtype, 64)]
         cases = [(name, *work) for name in found for work in (("hybrid", ""), ("preempt and resume", "sealed"))]
@@ -138,7 +146,7 @@ def layers(session: Session) -> None:
             session.judge("layers", f"{secure} {case}", check)
 
 
-def engine_cases(device: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def engine_cases(device: str, secure_devices: Sequence[str], worker: bool) -> Iterator[tuple[str, dict[str, Any]]]:
     """Settings of the whole engine: schemes with graphs, two without, seal, layouts; some on one secure device only; a
     worker."""
     base = {"attention_backend": "triton_vattn" if device == "cuda" else "torch_vattn", "scx_layers": "all"}
@@ -152,14 +160,15 @@ def engine_cases(device: str) -> Iterator[tuple[str, dict[str, Any]]]:
         ("perm segments", {"scx_segment_tokens": 64}),
         ("rotate, layers 0 and 3", {"scx_scheme": "rotate", "scx_layers": "0,3"}),
     ]
-    for i, secure in enumerate(secure_devices(device)):
+    for i, secure in enumerate(secure_devices):
         cases = [(f"{scheme} graphs", {"scx_scheme": scheme, "enforce_eager": device != "cuda"}) for scheme in SCHEMES]
         cases += [(f"{scheme} eager", {"scx_scheme": scheme, "enforce_eager": True}) for scheme in ("perm", "mix")]
         for name, settings in [*cases, *more, *(once if i == 0 else ())]:
             yield f"{secure} {name}", {**base, "scx_secure_device": secure, **settings}
-    worker = {**base, "scx_secure_device": "worker"}  # waited for: in pieces
-    yield "worker perm, layers 0 and 3", {**worker, "scx_layers": "0,3"}
-    yield "worker mix sealed chunks of 33", {**worker, **more[0][1], "chunk_tokens": 33}
+    if worker:  # waited for: in pieces
+        base["scx_secure_device"] = "worker"
+        yield "worker perm, layers 0 and 3", {**base, "scx_layers": "0,3"}
+        yield "worker mix sealed chunks of 33", {**base, **more[0][1], "chunk_tokens": 33}
 
 
 def engine(session: Session) -> None:
@@ -169,7 +178,7 @@ def engine(session: Session) -> None:
         correctness.write_checkpoint(folder)
         name, judge = correctness.make_judge(folder)
         print(f"judge: {name}", flush=True)
-        for name, settings in engine_cases(session.device):
+        for name, settings in engine_cases(session.device, session.devices, "worker" in session.secure):
             def check(settings: dict[str, Any] = settings, name: str = name) -> tuple[bool, str]:
                 found = correctness.run_case(correctness.Case(name, settings), folder, judge, session.device)
                 return not found.wrong, f"{found.compared} tokens, {found.ties} ties {'; '.join(found.wrong[:2])}"
@@ -235,7 +244,7 @@ def admission(session: Session, asked: argparse.Namespace) -> None:
     dim, device = shape.get("head_dim") or shape["hidden_size"] // heads, torch.device(session.device)
     head_shape = HeadShape(heads, shape["num_key_value_heads"], dim, 2, 16)
     torch.set_num_threads(1)  # as engines do
-    for secure in secure_devices(session.device):
+    for secure in session.devices:
         for scheme in ("perm", "rotate", "mix"):
             config = ScxConfig(tuple(range(layers)), secure, scheme)
             make = side_of(config, device, torch.bfloat16) if device.type == "cuda" else LocalSecureSide
@@ -289,9 +298,10 @@ def cost(session: Session, asked: argparse.Namespace) -> None:
         chat = find("offline_chat", requests=asked.requests)
         plain, _ = opened("plain", folder, session.device, common)
         print(f"cost: plain engine ready after {plain.ready_s:.0f} s", flush=True)
-        own = "cuda:0" if session.device == "cuda" else "cpu"
-        cases = [(own, outer, True), (own, "all", True)] + ([("cpu", outer, False)] if own != "cpu" else [])
-        cases = [case for case in [*cases, ("worker", outer, False)] if case[0] in asked.secure]
+        cases = []
+        for secure in session.secure:
+            fast = secure.startswith(session.device)  # all layers and chats, too
+            cases += [(secure, layers, fast) for layers in (outer, "all")[: 1 + fast]]
         for secure, layers, chats in cases:
             workload = ", ".join(one.name for one in ((chat, decodes) if chats and not asked.no_chat else (decodes,)))
             head = {"workload": f"{asked.shape}: {workload}", "scheme": asked.scheme, "secure_device": secure,
@@ -372,8 +382,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=2, help="of each pair of engines [2]")
     parser.add_argument("--max-num-seqs", type=int, default=256)
     parser.add_argument("--pool-gib", type=int, default=24)
-    parser.add_argument("--secure", default=["cuda:0", "cpu"], nargs="+", choices=("cuda:0", "cpu", "worker"),
-                        help="secure devices of the cost part [cuda:0 cpu]")
+    parser.add_argument("--secure", nargs="+", choices=("cuda:0", "cuda:1", "cpu", "worker"),
+                        help="secure devices [all that are here]")
     parser.add_argument("--eager", action="store_true", help="encoded engines of the cost part record no graphs")
     parser.add_argument("--no-bell", action="store_true",
                         help="secure device cpu: jobs are host functions of the driver, not a waiting thread's")
@@ -391,7 +401,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         HostSecureSide.by_bell = False
     head = heading("gpu_scx", f"scx: {asked.parts}", arguments)
-    session = Session(asked.device, perf_counter() + asked.budget_s, asked.json, head)
+    session = Session(asked.device, perf_counter() + asked.budget_s, asked.json,
+                      asked.secure or secure_devices(asked.device), head)  # fmt: skip
     checks = {"kernels": kernels, "layers": layers, "engine": engine}
     costs = {"admission": admission, "crossing": crossing, "cost": cost}
     for part in chosen:

@@ -77,12 +77,15 @@ def side_of(config: ScxConfig, compute: torch.device, dtype: torch.dtype) -> typ
     """Which local side answers a GPU. dtype: of encoded rows."""
     from engine.scx.on_device import DeviceSecureSide  # loads Triton
     from engine.scx.on_host import HostSecureSide
+    from engine.scx.on_peer import PeerSecureSide, reachable
     from tessera_kernels import host_jobs
 
     secure = indexed(torch.device(config.secure_device))
     if secure == indexed(compute):
         return DeviceSecureSide
-    return HostSecureSide if secure.type == "cpu" and host_jobs.available(dtype) else LocalSecureSide
+    if secure.type == "cuda":
+        return PeerSecureSide if reachable(compute, secure) else LocalSecureSide
+    return HostSecureSide if host_jobs.available(dtype) else LocalSecureSide
 
 
 def _say(config: ScxConfig, shape: HeadShape, compute: torch.device) -> None:

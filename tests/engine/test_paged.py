@@ -176,7 +176,7 @@ class FakeWrapper:
         out.copy_(TorchVattn(SPEC).attend(q, flat[0], flat[1], batch, self.window).view_as(out))
 
 
-@pytest.mark.parametrize("page_tokens", [7, 128])
+@pytest.mark.parametrize("page_tokens", [7, 32])
 @pytest.mark.parametrize("chunks", MIXES)
 def test_flashinfer_is_told_the_right_tables(
     monkeypatch: pytest.MonkeyPatch, chunks: list[tuple[int, int]], page_tokens: int
@@ -199,14 +199,15 @@ def test_flashinfer_is_told_the_right_tables(
 
 
 def test_pages_of_slots_have_numbers_that_a_table_holds() -> None:
-    """Page m of slot s begins where the slot's token 128 m lies; slots whose strides share little are refused."""
-    for count, stride, unit in ((4, 512 * 64, 128 * 64), (4, 512 * 64 + 32, 32)):
+    """Page m of slot s begins where the slot's token T m lies; slots whose strides share little are refused."""
+    tokens = fi_vattn._PAGE_TOKENS
+    for count, stride, unit in ((4, 512 * 64, tokens * 64), (4, 512 * 64 + 32, 32)):
         slots = torch.empty((count - 1) * stride + 512 * 64).as_strided((count, 512, 2, 16), (stride, 64, 16, 1))
         cut = fi_vattn.Cut.of(slots)
-        assert (cut.unit, cut.slot * cut.unit, cut.page * cut.unit) == (unit, stride, 128 * 64)
+        assert (cut.unit, cut.slot * cut.unit, cut.page * cut.unit) == (unit, stride, tokens * 64)
         view = cut.pages(slots)
         for slot, m in ((0, 0), (1, 3), (count - 1, 2)):
-            assert view[slot * cut.slot + m * cut.page].data_ptr() == slots[slot, 128 * m].data_ptr()
+            assert view[slot * cut.slot + m * cut.page].data_ptr() == slots[slot, tokens * m].data_ptr()
     far = torch.empty(1, device="meta").as_strided((1 << 20, 512, 2, 16), ((1 << 20) + 1, 64, 16, 1))
     with pytest.raises(ConfigError, match="pages; use a smaller --max-num-seqs"):
         fi_vattn.Cut.of(far)

@@ -30,6 +30,7 @@ from engine.scx.errors import OutOfOrder
 from engine.scx.keys import Secret
 from engine.scx.on_device import DeviceSecureSide, InStreamSide, Staging
 from engine.scx.on_host import HostSecureSide
+from engine.scx.on_peer import PeerSecureSide
 from engine.scx.remote import RemoteSecureSide
 from engine.scx.schemes import maps_of
 from engine.scx.secure import HeadShape, LocalSecureSide, SecureSide
@@ -44,8 +45,10 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)
 if not (torch.cuda.is_available() or INTERPRETED):
     pytest.skip("needs a CUDA device, or TRITON_INTERPRET=1", allow_module_level=True)
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
+OTHER = "cuda:1" if torch.cuda.device_count() > 1 else str(DEVICE)  # alone, a GPU is its own other in another stream
 HEADS, GROUPS, DIM, WIDTH, FFN, CAPACITY, LAYERS, SLOTS = 4, 2, 16, 64, 128, 48, 2, 4
 SEAL = 8
+SIDES = [DeviceSecureSide, HostSecureSide, PeerSecureSide]
 SHAPE = HeadShape(HEADS, GROUPS, DIM, SLOTS, CAPACITY)
 SPEC: Any = SimpleNamespace(heads=HEADS, kv_heads=GROUPS, head_dim=DIM)
 # steps of (slot, start, count): prompts, both, one token each, one sequence alone
@@ -55,7 +58,7 @@ STEPS = [[(2, 0, 9), (0, 0, 3)], [(1, 0, 11), (2, 9, 1), (0, 3, 1)], [(2, 10, 1)
 
 def secure_side(scheme: str, seal: int = 0, where: type[InStreamSide] = DeviceSecureSide) -> InStreamSide:
     """Both layers encoded, keys fixed."""
-    device = "cpu" if where is HostSecureSide else str(DEVICE)
+    device = {HostSecureSide: "cpu", PeerSecureSide: OTHER}.get(where, str(DEVICE))
     config = ScxConfig(tuple(range(LAYERS)), device, scheme, seal_tokens=seal)
     return where(config, SHAPE, rope_table(), Secret(bytearray(range(32))), b"test", DEVICE)
 
@@ -126,7 +129,7 @@ def pieces_of(model: Any, sessions: Sessions) -> PieceGraphs:
     return pieces
 
 
-@pytest.mark.parametrize("where", [DeviceSecureSide, HostSecureSide])
+@pytest.mark.parametrize("where", SIDES)
 @pytest.mark.parametrize("seal", [0, SEAL])
 @pytest.mark.parametrize("scheme", ["perm-static", "perm", "rotate", "mix"])
 def test_encoded_layers_equal_plain_ones(scheme: str, seal: int, where: type[InStreamSide]) -> None:
@@ -233,7 +236,7 @@ def test_a_replayed_step_is_claimed_once() -> None:
     assert (side._next[:, 1] == 4).all()  # a refused step counts in no layer
 
 
-@pytest.mark.parametrize("where", [DeviceSecureSide, HostSecureSide])
+@pytest.mark.parametrize("where", SIDES)
 def test_maps_travel_once_and_leave_nothing(where: type[InStreamSide]) -> None:
     """Opening fills a slot's row and no other; closing clears it, and host memory is clear once it has arrived."""
     side = secure_side("mix", where=where)
@@ -250,7 +253,7 @@ def test_maps_travel_once_and_leave_nothing(where: type[InStreamSide]) -> None:
     assert not side._staging._sent and not any(bool(kept.any()) for kept in side._staging._free)
 
 
-@pytest.mark.parametrize("where", [DeviceSecureSide, HostSecureSide])
+@pytest.mark.parametrize("where", SIDES)
 def test_a_thread_that_never_called_the_device_opens_a_slot(where: type[InStreamSide]) -> None:
     """As LLM.generate in a thread of its own does: the driver wants to be told which context is meant."""
     side = secure_side("perm", where=where)

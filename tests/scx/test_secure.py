@@ -15,10 +15,11 @@ from engine.core.plan import Admission, Chunk, StepPlan
 from engine.core.request import SamplingParams
 from engine.parts.rope import rope_table
 from engine.runner.batch import Batch, Row, pack
+from engine.scx import on_peer
 from engine.scx.config import ScxConfig
 from engine.scx.errors import LayerNotEncoded, OutOfOrder, ScxError, ShapeMismatch, UnknownSession
 from engine.scx.keys import Secret, SessionKeys
-from engine.scx.open import OF_SCHEME, THREATS, open_scx
+from engine.scx.open import OF_SCHEME, THREATS, open_scx, side_of
 from engine.scx.schemes import map_bytes, schemes
 from engine.scx.secure import HeadShape, LocalSecureSide, indexed
 from engine.scx.segments import SegmentedSide
@@ -323,3 +324,13 @@ def test_a_device_has_one_name() -> None:
     made = LocalSecureSide(ScxConfig((0,)), HeadShape(HEADS, GROUPS, DIM, 1, TOKENS), rope, Secret(bytearray(32)), b"",
                            torch.device("cuda"))  # fmt: skip
     assert made.compute == torch.device("cuda:0")
+
+
+def test_which_side_answers_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By where keys live, and whether one GPU's kernels reach the other."""
+    compute, found = torch.device("cuda:0"), []
+    for secure, reached in (("cuda", True), ("cuda:1", True), ("cuda:1", False), ("cpu", False)):
+        monkeypatch.setattr(on_peer, "reachable", lambda *_, reached=reached: reached)
+        found.append(side_of(ScxConfig((0,), secure), compute, torch.bfloat16).__name__)
+    assert found == ["DeviceSecureSide", "PeerSecureSide", "LocalSecureSide", "HostSecureSide"]
+    assert side_of(ScxConfig((0,), "cpu"), compute, torch.float64) is LocalSecureSide
