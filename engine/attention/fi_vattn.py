@@ -26,7 +26,7 @@ from engine.runner.batch import Batch, Paged
 
 _WORKSPACE_BYTES = 128 << 20  # what FlashInfer's documentation recommends
 _MOST_ROWS = 128  # queries times heads of a group that a block of its kernels takes
-_PAGE_TOKENS = 32  # its shortest part of a sequence, as a block of the paged twin
+_PAGE_TOKENS = 128  # its shortest part of a sequence
 _MOST_PAGES = (1 << 31) - 1
 
 
