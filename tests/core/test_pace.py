@@ -88,6 +88,18 @@ def test_a_step_reaches_from_the_target_to_the_bound() -> None:
     assert 128 < few < 192 and few % 32 == 0
 
 
+def test_what_waits_is_told_by_whole_steps() -> None:
+    """Steps of two sizes, of which the longer runs 8 % slower than the rest of the machine: a token more seems to take
+    32 us, but what waits takes 28 each, and is no crowd before it is one."""
+    for backlog_tokens, limit_s in ((5500, 0.02), (20_000, 0.04)):
+        pace = Pace(0.02, 0.04)
+        for i in range(400):
+            tokens, slower = ((640, 1.0), (768, 1.08))[i % 2]
+            pace.observe(Load(tokens, 30_000 + 997 * (i % 13)), (4e-3 + 2e-5 * tokens) * slower)
+            pace.reach(Load(40, 30_000), 0, backlog_tokens, 2048)
+        assert pace.limit_s == pytest.approx(limit_s, rel=1e-3)
+
+
 def test_small_steps_say_nothing_of_large_ones() -> None:
     """Steps of under half of what was granted are not learnt from: weights are read once, however few tokens. No more
     is granted than a step may have, or no step at all would be learnt from."""

@@ -16,7 +16,7 @@ from engine.core.policies._step_time import StepTime
 
 STEP_TOKENS = 32  # of prompts, never less: a prompt always gets on
 GRAIN_TOKENS = 128  # what a GPU's products round a long step up to; a shorter step has finer grains
-CALM_S, CROWDED_S = 0.10, 0.24  # seconds of prefill that wait: the target holds up to the one, the bound from the other
+CALM_S, CROWDED_S = 0.17, 0.40  # of backlog_s: the target holds up to the one, the bound from the other
 BACKLOG_FADE = 0.98  # weight, for each newer step, of what waited: a burst shall not make steps long, a crowd shall
 
 
@@ -29,7 +29,7 @@ class Pace:
 
     target_s: float
     bound_s: float
-    backlog_s: float = 0.0  # seconds of prefill that wait, averaged over steps
+    backlog_s: float = 0.0  # seconds that what waits takes in steps as long as they are now, averaged over steps
     times: StepTime = field(default_factory=StepTime)
     _granted: int = 0  # tokens that a step might run when last asked
 
@@ -52,7 +52,10 @@ class Pace:
     def reach(self, decodes: Load, context: int, backlog_tokens: int, most: int) -> int:
         """Tokens of a step that has these decodes, `most` at most, while so many prompt tokens are still to run, the
         first of them behind `context` cached ones; asked once a step."""
-        self.backlog_s += (1 - BACKLOG_FADE) * (backlog_tokens * self.times.token_s - self.backlog_s)
+        # by whole steps, whose times are known; where all are of two or three sizes, what a token more takes is not
+        cost = self.prompt_cost(decodes, most)
+        waiting_s = 0.0 if cost is None else backlog_tokens * cost.token_s
+        self.backlog_s += (1 - BACKLOG_FADE) * (waiting_s - self.backlog_s)
         prompts = self.times.tokens_within(self.limit_s, decodes, context)
         if prompts == math.inf:  # nothing is known that would limit them
             return most
