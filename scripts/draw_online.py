@@ -18,7 +18,8 @@ from matplotlib.figure import Figure
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, OUT = ROOT / "benchmarks" / "results", ROOT / "docs" / "online.svg"
 PEER, OURS = "#7a8ba8", "#c8553d"
-RUNS = (("h200_online_{}", "o", "in process"), ("h200_second_gpu_online_{}", "s", "in process, another GPU"),
+RUNS = (("h200_online_{}", "o", "in process"), ("h200_first_gpu_online_{}", "v", "in process, the GPU of HTTP"),
+        ("h200_second_gpu_online_{}", "s", "in process, a third GPU"),
         ("h200_slow_gpu_online_{}", "D", "in process, a slow GPU"), ("h200_http_{}", "^", "over HTTP"))  # fmt: skip
 
 

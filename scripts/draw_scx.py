@@ -1,7 +1,7 @@
 """The picture of docs/experiments/scx.md from its JSON files: `python -m scripts.draw_scx FILES`.
 
-A row for each record of `scripts.bench scx` (throughput) or `scripts.scx accuracy`. It computes nothing but medians'
-quotients that stand in the records.
+A row for each record of `scripts.bench scx` (throughput) or `scripts.scx accuracy`; throughput of one model on one kind
+of machine is one row, whatever the number of its records. It computes nothing but what stands in them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("results", type=Path, nargs="+", help="JSON files")
     parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args(argv)
-    found = [json.loads(path.read_text("utf-8")) for path in args.results]
+    found = joined([json.loads(path.read_text("utf-8")) for path in args.results])
     figure = Figure(figsize=(11, 3.2 * len(found)), layout="constrained")
     FigureCanvasSVG(figure)
     rows = figure.subplots(len(found), 2, squeeze=False)
@@ -37,6 +37,26 @@ def main(argv: Sequence[str] | None = None) -> None:
     args.out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(args.out, metadata={"Date": None})
     print(args.out)
+
+
+def joined(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Records of throughput that are of one model and machine as one, its cells by lengths."""
+    found: dict[Any, dict[str, Any]] = {}
+    for i, record in enumerate(records):
+        if record.get("command") != "scx":
+            found[i] = record
+            continue
+        environment = record["environment"]
+        kind = environment["model"], (environment["gpu"] or environment["cpu"]).split(",")[0]
+        one = found.setdefault(kind, {**record, "records": [], "kind": ", ".join(kind)})
+        one["records"] = sorted([*one["records"], *record["records"]], key=lambda cell: lengths_of(cell["workload"]))
+    return list(found.values())
+
+
+def lengths_of(workload: str) -> tuple[int, int]:
+    """`8x1024+512` to (1024, 512)."""
+    prompt, output = workload.split("x")[1].split("+")
+    return int(prompt), int(output)
 
 
 def draw_throughput(left: Any, right: Any, record: dict[str, Any]) -> None:
@@ -56,12 +76,11 @@ def draw_throughput(left: Any, right: Any, record: dict[str, Any]) -> None:
                 x = at + (number - (len(shown) - 1) / 2) * width
                 axes.bar(x, median, width, yerr=[[median - min(runs)], [max(runs) - median]], capsize=2,
                          color=COLOURS[variants.index(variant) % len(COLOURS)], label=variant if at == 0 else None)
-        axes.set_xticks(range(len(cells)), cells, fontsize=7, rotation=20)
+        axes.set_xticks(range(len(cells)), cells, fontsize=7, rotation=20 if len(cells) < 9 else 60)
         axes.tick_params(axis="y", labelsize=8)
         axes.legend(fontsize=7)
     right.axhline(1, color=COLOURS[0], linewidth=1.5)
-    environment = record["environment"]
-    left.set_ylabel(f"{environment['model']}, {environment['gpu'] or environment['cpu']}", fontsize=8)
+    left.set_ylabel(record["kind"], fontsize=8)
     left.set_title("output tokens a second (requests x prompt + output)", fontsize=9)
     right.set_title("of plain", fontsize=9)
 
