@@ -65,8 +65,9 @@ class CrossingSide(InStreamSide):
             came, goes = (torch.zeros(rows * width * dtype.itemsize, dtype=torch.uint8)
                           for dtype in (self._wide, self.dtype))  # fmt: skip
             none = torch.zeros(rows, dtype=torch.int32)
-            own, still = torch.arange(rows, dtype=torch.int32), none.to(self.compute, copy=True)
-            came, goes, positions, slots, own = map(self._reached, (came, goes, none, none, own))
+            made = (came, goes, none, none, torch.arange(rows, dtype=torch.int32))
+            came, goes, positions, slots, own = map(self._reached, made)
+            still = torch.zeros(rows, dtype=torch.int32, device=self.compute)
             self._rooms.append(Room(came, goes, positions, slots, own, still))
         return self._rooms[-1]
 

@@ -76,6 +76,12 @@ class PeerSecureSide(CrossingSide):
         with self._there():
             super()._clear_maps(slot)
 
+    def shut(self) -> None:
+        """See SecureSide. Waits for what still clears maps: their memory may be another's afterwards."""
+        super().shut()
+        if self._stream is not None:
+            self._stream.synchronize()
+
     # ------------------------------------------------------------ rows
 
     def _reached(self, numbers: torch.Tensor) -> torch.Tensor:

@@ -101,10 +101,26 @@ def test_what_waits_is_told_by_whole_steps() -> None:
         assert pace.limit_s == pytest.approx(limit_s, rel=1e-3)
 
 
+def test_a_burst_beside_heavy_decodes_makes_no_step_long() -> None:
+    """Decodes that take longer than the target by themselves leave a prompt 32 tokens a step, by which what waits would
+    take minutes; steps stay short for a burst of ten, and get long for a crowd that stays."""
+    pace = Pace(0.02, 0.0344)
+    for i in range(100):
+        load = Load(300 + 37 * i % 900, 1000 * (i % 700))
+        pace.times.observe(load, 4e-3 + 2e-5 * load.tokens + 3e-8 * load.cached)
+    decodes = Load(60, 600_000)  # 23 ms
+    for _ in range(10):
+        pace.reach(decodes, 0, 20_000, 2048)
+    assert pace.limit_s == pace.target_s
+    for _ in range(100):
+        pace.reach(decodes, 0, 20_000, 2048)
+    assert pace.limit_s == pace.bound_s
+
+
 @pytest.mark.parametrize("machine", [3, 5])
 def test_a_calm_load_keeps_the_target_on_any_machine(machine: int) -> None:
     """8 requests a second on imagined GPUs whose products of neighbouring sizes are not equally fast, the two on which
-    p99 was 22.3 and 23.2 ms while what waits was told by what a token more takes; and the same seed repeats it."""
+    p99 was 22.3 and 23.1 ms while what waits was told by what a token more takes; and the same seed repeats it."""
     asked = simulate_online.flags().parse_args([])
     once, again = (simulate_online.simulated(asked, 8, simulate_online.Machine(machine)) for _ in range(2))
     assert once == again

@@ -17,6 +17,7 @@ from engine.core.policies._step_time import StepTime
 STEP_TOKENS = 32  # of prompts, never less: a prompt always gets on
 GRAIN_TOKENS = 128  # what a GPU's products round a long step up to; a shorter step has finer grains
 CALM_S, CROWDED_S = 0.17, 0.40  # of backlog_s: the target holds up to the one, the bound from the other
+MOST_WAITING_S = 2 * CROWDED_S  # counted in one step: where decodes leave hardly any room, a token takes for ever
 BACKLOG_FADE = 0.98  # weight, for each newer step, of what waited: a burst shall not make steps long, a crowd shall
 
 
@@ -54,7 +55,7 @@ class Pace:
         first of them behind `context` cached ones; asked once a step."""
         # by whole steps, whose times are known; where all are of two or three sizes, what a token more takes is not
         cost = self.prompt_cost(decodes, most)
-        waiting_s = 0.0 if cost is None else backlog_tokens * cost.token_s
+        waiting_s = 0.0 if cost is None else min(MOST_WAITING_S, backlog_tokens * cost.token_s)
         self.backlog_s += (1 - BACKLOG_FADE) * (waiting_s - self.backlog_s)
         prompts = self.times.tokens_within(self.limit_s, decodes, context)
         if prompts == math.inf:  # nothing is known that would limit them
