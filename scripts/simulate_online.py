@@ -15,25 +15,24 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from tqdm import tqdm
-
 from engine.core.clock import VirtualClock
 from engine.core.ledger import ADMISSION_RULES, KvLedger
 from engine.core.load import Load, load_of
 from engine.core.loop import EngineLoop
 from engine.core.plan import SampledToken, StepPlan, StepResult
 from engine.core.policies import Pace, make_policy
-from engine.core.request import Request, SamplingParams
 from engine.core.scheduler import Scheduler
+from scripts.benching import drive
 from scripts.benching.metrics import Timeline, latency
-from scripts.benching.workloads import Workload, find, warm_up
+from scripts.benching.workloads import find, warm_up
 
 BASE_S, TOKEN_S, CACHED_S, PAIR_S = 4.1e-3, 17.8e-6, 34e-9, 0.87e-9  # of a step, and of each part of its load
 GRAIN_TOKENS = 128  # products of more than FINE_TOKENS are rounded up to it
 FINE_TOKENS = 256
 NOISE = 0.005
 LAUNCH_S, LAUNCH_GRAPH_S, COMMIT_S = 6e-3, 1.5e-3, 0.2e-3  # of the host: a step with prompts, one without; afterwards
-IDLE_S = 0.5e-3
+LEAST_NAP_S = 1e-6  # a shorter one might not move the clock
+VOCAB = 2
 MAX_TOKENS, BLOCK_TOKENS, BLOCKS = 16384, 16, 40_000
 
 
@@ -92,27 +91,12 @@ def simulated(asked: argparse.Namespace, rate: float, machine: Machine) -> list[
     scheduler = Scheduler(policy, ledger, max_num_seqs=512, max_model_len=MAX_TOKENS, depth=2, ahead=True, pace=pace)
     loop = EngineLoop(scheduler, ImaginedGpu(clock, machine), clock=clock)
     workload = find("online_mixed", rate=rate, seconds=asked.seconds)
-    served(loop, clock, warm_up(workload), "warm-up")
-    return served(loop, clock, workload, "run")
 
+    def nap(seconds: float) -> None:
+        clock.advance(max(seconds, LEAST_NAP_S))
 
-def served(loop: EngineLoop, clock: VirtualClock, workload: Workload, label: str) -> list[Timeline]:
-    """Every request at its arrival, to its last token."""
-    timelines = [Timeline(item.arrival_s, item.prompt_tokens) for item in workload.items]
-    start_s, added = clock.now_s(), 0
-    while added < len(timelines) or loop.has_work:
-        while added < len(timelines) and workload.items[added].arrival_s <= clock.now_s() - start_s:
-            item = workload.items[added]
-            params = SamplingParams(temperature=0.0, max_tokens=item.output_tokens, ignore_eos=True)
-            loop.add(Request(f"{label}-{added}", (1,) * item.prompt_tokens, params, start_s + item.arrival_s))
-            added += 1
-        if not loop.has_work:
-            clock.advance(IDLE_S)
-            continue
-        for update in loop.step():
-            timeline = timelines[int(update.request_id.rpartition("-")[2])]
-            timeline.token_s += [clock.now_s() - start_s] * len(update.tokens)
-    return timelines
+    drive.run(loop, warm_up(workload), VOCAB, label="warm-up", clock=clock, nap=nap)
+    return drive.run(loop, workload, VOCAB, label=workload.name, clock=clock, nap=nap).timelines
 
 
 def flags() -> argparse.ArgumentParser:
@@ -139,7 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for rate in map(float, asked.rate.split(",")):
         for slowness in map(float, asked.slowness.split(",")):
             found = [latency(simulated(asked, rate, Machine(seed, slowness, asked.spread)))
-                     for seed in tqdm(range(asked.machines), unit="machine", leave=False, disable=None)]  # fmt: skip
+                     for seed in range(asked.machines)]  # fmt: skip
             line = f"{rate:g}/s, {slowness:g} of time".ljust(18)
             for name in names:
                 values = [1e3 * getattr(one, name) for one in found]

@@ -1,4 +1,4 @@
-"""Runs a workload on an engine in this process, in real time, and notes when each token came out of the loop.
+"""Runs a workload on an engine in this process and notes when each token came out of the loop.
 
 Offline and online differ only in arrivals. What an engine did not really produce is an error, not a figure. It knows
 nothing of text, HTTP or what a good result is.
@@ -7,12 +7,12 @@ nothing of text, HTTP or what a good result is.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from tqdm import tqdm
 
-from engine.core.clock import MonotonicClock
+from engine.core.clock import Clock, MonotonicClock
 from engine.core.loop import EngineLoop
 from engine.core.request import Request, SamplingParams
 from scripts.benching.metrics import Timeline
@@ -44,8 +44,11 @@ def run(
     *,
     seed: int = 0,
     label: str = "",
+    clock: Clock | None = None,
+    nap: Callable[[float], None] = time.sleep,
 ) -> Run:
-    """Every request at its arrival, greedy, exactly its output tokens, to the end. label: of the progress bar.
+    """Every request at its arrival, greedy, exactly its output tokens, to the end. label: of the progress bar. clock,
+    nap: the engine's time, and what lets so many seconds of it pass; real time unless given.
 
     Raises NotProduced.
     """
@@ -53,7 +56,7 @@ def run(
     before = engine.stats()
     timelines = [Timeline(item.arrival_s, item.prompt_tokens) for item in workload.items]
     seen: set[int] = set()
-    clock, added, step_s = MonotonicClock(), 0, []
+    clock, added, step_s = clock or MonotonicClock(), 0, []
     with tqdm(total=workload.output_tokens, desc=label or workload.name, unit="tok", disable=None) as bar:
         start_s = clock.now_s()
         while added < len(prompts) or engine.has_work:
@@ -62,7 +65,7 @@ def run(
                 _add(engine, workload, added, prompts[added], start_s)
                 added += 1
             if not engine.has_work:
-                time.sleep(min(NAP_S, max(0.0, workload.items[added].arrival_s - now_s)))
+                nap(min(NAP_S, max(0.0, workload.items[added].arrival_s - now_s)))
                 continue
             _step(engine, timelines, workload, seen, clock, start_s, bar)
             step_s.append(clock.now_s() - start_s - now_s)
@@ -80,7 +83,7 @@ def _add(engine: EngineLoop, workload: Workload, index: int, prompt: list[int], 
 
 
 def _step(
-    engine: EngineLoop, timelines: list[Timeline], workload: Workload, seen: set[int], clock: MonotonicClock,
+    engine: EngineLoop, timelines: list[Timeline], workload: Workload, seen: set[int], clock: Clock,
     start_s: float, bar: tqdm[None],
 ) -> None:  # fmt: skip
     """One step; its tokens get the time at which they left the loop."""
